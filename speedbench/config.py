@@ -1,0 +1,259 @@
+"""RunConfig: everything that decides what a run measures. One field per flag, one meaning each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from speedbench.types import Algorithm, EngineSettings, Sampling, UserError
+
+DatasetName = Literal["speed", "specbench", "mtbench", "random", "jsonl", "mini", "calibration"]
+
+NEEDS_DRAFT_MODEL = ("EAGLE3", "EAGLE", "DRAFT_TARGET", "MEDUSA", "DFLASH")
+"""Algorithms that cannot run without a second checkpoint (MTP may keep its head in the target)."""
+
+NOT_IDENTITY = frozenset({"save_dir", "show_progress", "max_duration"})
+"""Fields that may differ between a run and its resumption: they change nothing measured."""
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smh]?)")
+
+
+def _seconds(value: object) -> object:
+    """'90', '90s', '30m' or '2h' -> seconds."""
+    if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    return value
+
+
+def _flag(group: str, text: str, default: Any = ..., **limits: Any) -> Any:
+    """A field with its flag's help text and the group it is listed under in `--help`."""
+    return Field(default, description=text, json_schema_extra={"group": group}, **limits)
+
+
+class RunConfig(BaseModel):
+    """A validated run configuration; `model_dump(mode="json")` and `from_dict` round-trip it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    engine: str = _flag("engine", "engine that decodes")
+    model_dir: str | None = _flag("engine", "target checkpoint: folder or hub id", None)
+    tp_size: int = _flag("engine", "tensor parallel size", 1, ge=1)
+    pp_size: int = _flag("engine", "pipeline parallel size", 1, ge=1)
+    dp_size: int = _flag("engine", "data parallel size", 1, ge=1)
+    ep_size: int = _flag("engine", "expert parallel size", 1, ge=1)
+    max_seq_len: int | None = _flag(
+        "engine",
+        "longest prompt + output the engine must hold (default: the model's own)",
+        None,
+        ge=1,
+    )
+    prefix_cache: bool = _flag("engine", "let the engine reuse KV of earlier prompts", False)
+    trust_remote_code: bool = _flag("engine", "run code shipped with a checkpoint", False)
+    engine_args: dict[str, Any] = _flag("", "engine arguments, in its own names", {})
+
+    speculative_algorithm: Algorithm = _flag("speculation", "drafting algorithm", "NONE")
+    draft_model_dir: str | None = _flag("speculation", "draft checkpoint: folder or hub id", None)
+    draft_length: int = _flag("speculation", "K: draft tokens per verification step", 3)
+    block_size: int | None = _flag(
+        "speculation", "block size of a block-diffusion drafter (DFLASH)", None, ge=1
+    )
+
+    dataset: DatasetName = _flag("data", "what is asked", "mini")
+    dataset_path: str | None = _flag("data", "file or folder of the dataset", None)
+    random_isl: int | None = _flag(
+        "data", "length in tokens of each random prompt (implies --dataset random)", None, ge=1
+    )
+    num_requests: int | None = _flag(
+        "data", "measure so many rows, spread evenly over categories (default: all)", None, ge=1
+    )
+    category: tuple[str, ...] = _flag(
+        "data", "only these categories (repeat or comma-separate)", ()
+    )
+    order: Literal["shuffle", "dataset"] = _flag("data", "order of rows", "shuffle")
+    dataset_kwargs: dict[str, Any] = _flag("", "options of the dataset reader", {})
+
+    tokenizer: str | None = _flag(
+        "prompts", "tokenizer folder or hub id (default: the model's)", None
+    )
+    completions: bool = _flag("prompts", "send the bare text, without a chat template", False)
+    postprocess: Literal["base", "gptoss"] = _flag(
+        "prompts", "how a reply is cleaned before it becomes history", "base"
+    )
+    history: Literal["live", "frozen"] = _flag(
+        "prompts",
+        "earlier replies in later turns: the engine's own, or those of --history_from",
+        "live",
+    )
+    history_from: str | None = _flag(
+        "prompts", "run directory or JSONL file {question_id, replies} for --history frozen", None
+    )
+    chat_template_args: dict[str, Any] = _flag("", "variables of the chat template", {})
+
+    output_length: int = _flag("sampling", "most tokens per reply", 4096, ge=1)
+    temperature: float = _flag("sampling", "0 is greedy", 0.0, ge=0)
+    top_p: float = _flag("sampling", "nucleus mass", 1.0, gt=0, le=1)
+    top_k: int = _flag("sampling", "0 is no limit", 0, ge=0)
+    seed: int = _flag("sampling", "seed of row order, random prompts and the engine", 0, ge=0)
+    ignore_eos: bool = _flag("sampling", "decode to --output_length whatever the model says", False)
+    sampling_kwargs: dict[str, Any] = _flag("", "further sampling parameters, engine's names", {})
+
+    concurrency: int = _flag("measurement", "conversations in flight", 1, ge=1)
+    warmup: int | None = _flag(
+        "measurement",
+        "requests before the clock starts (default: min(concurrency, 32))",
+        None,
+        ge=0,
+    )
+    max_duration: Annotated[float | None, BeforeValidator(_seconds)] = _flag(
+        "measurement",
+        "stop after so long (90s, 30m, 2h); what is committed can be resumed",
+        None,
+        gt=0,
+    )
+
+    save_dir: str | None = _flag(
+        "output", "run directory to create (default: runs/<time>-...)", None
+    )
+    show_progress: bool = _flag("output", "print progress to stderr", False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        algorithm, draft = self.speculative_algorithm, self.draft_model_dir
+        if algorithm == "NONE" and draft is not None:
+            raise ValueError(
+                f"--draft_model_dir {draft} is given without --speculative_algorithm: "
+                f"name one of {', '.join(a for a in get_args(Algorithm) if a != 'NONE')}"
+            )
+        if algorithm in NEEDS_DRAFT_MODEL and draft is None:
+            raise ValueError(f"{algorithm} needs a draft checkpoint: add --draft_model_dir")
+        if self.draft_length < 1 and (algorithm != "NONE" or self.draft_length < 0):
+            raise ValueError(
+                f"--draft_length is {self.draft_length}, expected at least 1: for decoding without "
+                "drafts use --speculative_algorithm NONE"
+            )
+        if self.history == "frozen" and self.history_from is None:
+            raise ValueError(
+                "--history frozen needs the replies: add --history_from RUN_DIR or FILE.jsonl"
+            )
+        if self.history == "live" and self.history_from is not None:
+            raise ValueError("--history_from is only used with --history frozen: add that")
+        if (self.dataset == "random") != (self.random_isl is not None):
+            raise ValueError("--dataset random and --random_isl LENGTH belong together: give both")
+        return self
+
+    @property
+    def effective_draft_length(self) -> int:
+        """K asked for: 0 without speculation."""
+        return 0 if self.speculative_algorithm == "NONE" else self.draft_length
+
+    @property
+    def n_warmup(self) -> int:
+        return min(self.concurrency, 32) if self.warmup is None else self.warmup
+
+    @property
+    def n_gpus(self) -> int:
+        """Devices the engine spreads over (experts share the tensor-parallel ranks)."""
+        return self.tp_size * self.pp_size * self.dp_size
+
+    def engine_settings(self, max_request_tokens: int | None) -> EngineSettings:
+        """The adapter's share of this configuration."""
+        return EngineSettings(
+            model_dir=self.model_dir or "",
+            draft_model_dir=self.draft_model_dir,
+            algorithm=self.speculative_algorithm,
+            draft_length=self.draft_length,
+            block_size=self.block_size,
+            concurrency=self.concurrency,
+            max_request_tokens=max_request_tokens,
+            max_seq_len=self.max_seq_len,
+            tp_size=self.tp_size,
+            pp_size=self.pp_size,
+            dp_size=self.dp_size,
+            ep_size=self.ep_size,
+            prefix_cache=self.prefix_cache,
+            seed=self.seed,
+            trust_remote_code=self.trust_remote_code,
+            engine_args=self.engine_args,
+        )
+
+    def sampling(self, stop_token_ids: tuple[int, ...]) -> Sampling:
+        """The run's one sampling object."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop_token_ids=() if self.ignore_eos else stop_token_ids,
+            extra=self.sampling_kwargs,
+        )
+
+    def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+        """Fields in which two configurations would measure something else: name -> (self, other)."""
+        mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        return {
+            name: (mine[name], theirs[name])
+            for name in mine
+            if name not in NOT_IDENTITY and mine[name] != theirs[name]
+        }
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Validate plain values. Raises UserError with one sentence for the first fault found."""
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first fault of a validation error, in our words."""
+    fault = error.errors()[0]
+    message = fault["msg"].removeprefix("Value error, ")
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "value_error":
+        return message
+    if fault["type"] == "missing":
+        return f"--{name} is missing: say which {name} to use"
+    if fault["type"] == "extra_forbidden":
+        return f"'{name}' is no field of a run configuration: see run.py --help"
+    return f"--{name} is {fault['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+RUNTIME_SECTIONS = ("engine_args", "sampling_kwargs", "chat_template_args", "dataset_kwargs")
+
+
+def read_runtime_params(path: str) -> dict[str, dict[str, Any]]:
+    """The sections of a `--runtime_params` YAML file, checked for unknown names."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--runtime_params {path} cannot be read ({error}): give a YAML file"
+        ) from None
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--runtime_params {path} is not YAML ({first}): mend the file") from None
+    found = {} if found is None else found
+    if not isinstance(found, dict):
+        raise UserError(
+            f"--runtime_params {path} holds a {type(found).__name__}, expected a mapping with "
+            f"{', '.join(RUNTIME_SECTIONS)}"
+        )
+    for section, values in found.items():
+        if section not in RUNTIME_SECTIONS:
+            raise UserError(
+                f"--runtime_params {path} has the unknown section '{section}': expected "
+                f"{', '.join(RUNTIME_SECTIONS)}"
+            )
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise UserError(
+                f"--runtime_params {path}: section '{section}' must map names to values"
+            )
+    return found

@@ -1,0 +1,199 @@
+"""The nouns of a measurement, and the interface of an engine. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+Algorithm = Literal[
+    "EAGLE3", "EAGLE", "DRAFT_TARGET", "NGRAM", "MTP", "MEDUSA", "DFLASH", "SUFFIX", "NONE"
+]
+FinishReason = Literal["stop", "length", "error", "refused"]
+
+UNKNOWN = -1
+"""Stored where an engine does not tell how many tokens it drafted or accepted."""
+
+
+class UserError(Exception):
+    """The user can mend this: one sentence saying what was found, expected, and what to do."""
+
+
+class EngineDied(Exception):
+    """The engine is gone; what was measured so far is stored and the run can be resumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One row of a dataset: user turns that are asked in order within one conversation.
+
+    Exactly one of `turns` (text) and `token_turns` (token IDs, for datasets made of tokens) is
+    non-empty.
+    """
+
+    id: str
+    category: str
+    turns: tuple[str, ...] = ()
+    token_turns: tuple[tuple[int, ...], ...] = ()
+    sub_category: str = ""
+
+    @property
+    def n_turns(self) -> int:
+        return len(self.turns) or len(self.token_turns)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen; one immutable object shared by all requests of a run.
+
+    `stop_token_ids` holds every end-of-sequence id of the model (empty with `ignore_eos`), so no
+    engine needs its own idea of where an answer ends. `extra` holds further sampling parameters
+    in the engine's own spelling; an engine refuses those it does not know.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    stop_token_ids: tuple[int, ...] = ()
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One turn, ready for the engine: the prompt is token IDs, never text."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    max_tokens: int
+    sampling: Sampling
+
+
+# A NamedTuple, not a dataclass: one is made for every step of every request, and a tuple is the
+# cheapest immutable object Python has.
+class Step(NamedTuple):
+    """One engine iteration's output for one request, or the failure of that request.
+
+    time_ns       monotonic clock (ns) of this host, as close to the engine's own stamp as it allows
+    token_ids     the tokens this step added, stop token included
+    engine_steps  1: exactly one engine step; >1: the engine merged so many; 0: it cannot say
+    accepted      draft tokens the engine accepted, before any cut at the end; None: not told
+    drafted       draft tokens it checked; 0: a step without a draft; None: not told
+    finish_reason set on the last step of a request
+    error         the request failed: one sentence; finish_reason is then "error"
+    detail        on the last step only, from engines that tell per-step acceptance when a request
+                  ends: (accepted, drafted) of every step of the request, UNKNOWN where not told;
+                  it replaces `accepted` and `drafted` of all of them
+    """
+
+    request_id: str
+    time_ns: int
+    token_ids: Sequence[int]
+    engine_steps: int = 1
+    accepted: int | None = None
+    drafted: int | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    detail: Sequence[tuple[int, int]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounters:
+    """The engine's own speculative-decoding counters, cumulative since it started.
+
+    `accepted_per_position[k]` counts drafts whose token k+1 was accepted.
+    """
+
+    drafts: int
+    draft_tokens: int
+    accepted: int
+    accepted_per_position: tuple[int, ...] = ()
+
+    def since(self, earlier: EngineCounters) -> EngineCounters:
+        """What was counted after `earlier` was read."""
+        before = earlier.accepted_per_position or (0,) * len(self.accepted_per_position)
+        return EngineCounters(
+            self.drafts - earlier.drafts,
+            self.draft_tokens - earlier.draft_tokens,
+            self.accepted - earlier.accepted,
+            tuple(a - b for a, b in zip(self.accepted_per_position, before, strict=True)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Effective settings, read back from the running engine, never echoed from the request.
+
+    draft_length  the number of tokens the engine really drafts per step (0: no speculation)
+    max_seq_len   longest prompt + output the engine takes (None: no limit known)
+    tells_drafted it reports, per step, whether and how many tokens were drafted
+    simulated     its clock and acceptances are made up: nothing it says is a measurement
+    settings      everything else worth comparing between runs
+    unused        defaults of ours that the installed version does not have
+    """
+
+    name: str
+    version: str
+    draft_length: int
+    max_seq_len: int | None
+    max_num_seqs: int | None
+    prefix_cache: bool | None
+    tells_drafted: bool = False
+    simulated: bool = False
+    settings: Mapping[str, object] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What an adapter is told: the same words for every engine; adapters translate."""
+
+    model_dir: str
+    draft_model_dir: str | None = None
+    algorithm: Algorithm = "NONE"
+    draft_length: int = 3
+    block_size: int | None = None
+    concurrency: int = 1
+    max_request_tokens: int | None = None  # longest prompt + output of this run; None: not known
+    max_seq_len: int | None = None
+    tp_size: int = 1
+    pp_size: int = 1
+    dp_size: int = 1
+    ep_size: int = 1
+    prefix_cache: bool = False
+    seed: int = 0
+    trust_remote_code: bool = False
+    engine_args: Mapping[str, object] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A running engine. `submit` and `poll` are called from one thread only."""
+
+    def submit(self, request: Request) -> None:
+        """Hand over one request and return at once. Its failure arrives as a Step with `error`."""
+
+    def poll(self) -> Sequence[Step]:
+        """Block until at least one step is known, then return all that are, oldest first.
+
+        Raises EngineDied if no step can come any more.
+        """
+
+    def counters(self) -> EngineCounters | None:
+        """The engine's own counters; None if it has none (or no speculation)."""
+
+    def describe(self) -> EngineInfo:
+        """Effective settings, read back from the engine."""
+
+    def close(self) -> None:
+        """End the engine and every process it started. May be called twice."""
+
+
+class EngineAdapter(Protocol):
+    """What a class in `engines/` offers beside `Engine`: it can be asked before it is started."""
+
+    algorithms: Sequence[Algorithm]
+    """Algorithms it can be asked for."""
+    flag_of: Mapping[str, str]
+    """Engine argument -> the speedbench flag that sets it (an argument we own)."""
+
+    def __call__(self, settings: EngineSettings) -> Engine:
+        """Start the engine. Raises UserError where the user can mend it."""
