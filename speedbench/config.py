@@ -191,7 +191,7 @@ class RunConfig(BaseModel):
         )
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
-        """Fields in which two configurations would measure something else: name -> (self, other)."""
+        """Fields that would measure something else, by name: (self, other)."""
         mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
         return {
             name: (mine[name], theirs[name])

@@ -19,7 +19,7 @@ class UserError(Exception):
     """The user can mend this: one sentence saying what was found, expected, and what to do."""
 
 
-class EngineDied(Exception):
+class EngineDiedError(Exception):
     """The engine is gone; what was measured so far is stored and the run can be resumed."""
 
 
@@ -94,6 +94,44 @@ class Step(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     detail: Sequence[tuple[int, int]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One turn's token IDs with the fingerprint of (row id, turn, token IDs)."""
+
+    token_ids: Sequence[int]
+    sha256: str
+
+
+class PromptRefusedError(Exception):
+    """A turn that cannot be asked (one sentence why); the other rows go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRecord:
+    """What was measured for one turn. `submitted_ns` is UNKNOWN for a refused turn."""
+
+    request_id: str
+    turn: int
+    n_prompt_tokens: int
+    prompt_sha256: str
+    submitted_ns: int
+    finish_reason: FinishReason
+    error: str | None
+    steps: Sequence[Step]
+
+    def output_token_ids(self) -> list[int]:
+        return [token for step in self.steps for token in step.token_ids]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationRecord:
+    """A conversation whose last turn has ended: the unit that is committed to disk."""
+
+    conversation_id: str
+    category: str
+    turns: tuple[TurnRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +212,7 @@ class Engine(Protocol):
     def poll(self) -> Sequence[Step]:
         """Block until at least one step is known, then return all that are, oldest first.
 
-        Raises EngineDied if no step can come any more.
+        Raises EngineDiedError if no step can come any more.
         """
 
     def counters(self) -> EngineCounters | None:

@@ -1,0 +1,62 @@
+"""Columns: the stored records of one run as numpy arrays, ready for the metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Requests (R,), steps (S,) sorted by request and step, and what their codes mean (C,).
+
+    conversation  (R,) index into `conversation_ids`; one conversation appears once
+    category      (C,) index into `categories`, of each conversation
+    failed        (C,) some turn of the conversation ended in an error or was refused
+    finished      (R,) the request ended by a stop token or its length limit
+    request       (S,) index of the step's request, non-decreasing
+    step          (S,) 0 is the request's first event, the prefill
+    accepted      (S,) draft tokens the engine accepted, UNKNOWN (-1) where it does not tell
+    drafted       (S,) draft tokens it checked, UNKNOWN (-1) where it does not tell
+    engine_steps  (S,) 1 exact; >1 so many steps merged; 0 the engine cannot say
+    """
+
+    categories: tuple[str, ...]
+    conversation_ids: tuple[str, ...]
+    category: Ints
+    failed: Bools
+    conversation: Ints
+    session: Ints
+    turn: Ints
+    n_prompt_tokens: Ints
+    submitted_ns: Ints
+    finished: Bools
+    request: Ints
+    step: Ints
+    time_ns: Ints
+    engine_steps: Ints
+    n_tokens: Ints
+    accepted: Ints
+    drafted: Ints
+
+    @property
+    def n_requests(self) -> int:
+        return len(self.conversation)
+
+    def first_and_last(self) -> tuple[Ints, Ints]:
+        """Indices (S) of each request's first and last step, for requests that have any: (R',)."""
+        first = np.flatnonzero(self.step == 0)
+        last = np.append(first[1:], len(self.step)) - 1
+        return first, last
+
+    def is_last(self) -> Bools:
+        """(S,) True on each request's last step."""
+        flags = np.zeros(len(self.step), bool)
+        flags[self.first_and_last()[1]] = len(self.step) > 0
+        return flags
