@@ -178,6 +178,7 @@ class RunConfig(BaseModel):
             seed=self.seed,
             trust_remote_code=self.trust_remote_code,
             engine_args=self.engine_args,
+            sampling=self.sampling(()),
         )
 
     def sampling(self, stop_token_ids: tuple[int, ...]) -> Sampling:

@@ -201,6 +201,7 @@ class EngineSettings:
     seed: int = 0
     trust_remote_code: bool = False
     engine_args: Mapping[str, object] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)  # to be refused before a long start
 
 
 class Engine(Protocol):

@@ -1,0 +1,19 @@
+"""Engine name -> where its adapter lives; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from speedbench.types import EngineAdapter
+
+ADAPTERS = {
+    "VLLM": "engines.vllm:VllmEngine",
+    "NULL": "engines.null:NullEngine",
+}
+
+
+def adapter(name: str) -> EngineAdapter:
+    """The adapter class of an engine in ADAPTERS. Imports the adapter, not yet the engine."""
+    module, _, attribute = ADAPTERS[name].partition(":")
+    return cast(EngineAdapter, getattr(importlib.import_module(module), attribute))

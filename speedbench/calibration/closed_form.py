@@ -1,0 +1,249 @@
+"""What a known-answer checkpoint must answer, step by step: the independent side of the comparison.
+
+Nothing here is shared with an engine or with `metrics`: greedy decoding of a bigram checkpoint is
+iterating a function, so the steps of a request follow from its prompt by a ten-line loop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speedbench.types import Algorithm, UserError
+
+KNOWN_ANSWER_FILE = "known_answer.json"
+ALGORITHMS: tuple[Algorithm, ...] = ("NONE", "DRAFT_TARGET", "NGRAM")
+"""Algorithms whose steps are known here."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownAnswer:
+    """The functions a calibration pair computes: token id -> next token id.
+
+    target_next     f, what the target says
+    draft_next      g, what the drafter says
+    eos_token_ids   every id that ends an answer
+    densities       category -> share of its cycle on which g equals f
+    """
+
+    name: str
+    version: int
+    target_next: tuple[int, ...]
+    draft_next: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+    densities: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedStep:
+    """One engine step: the tokens it emits (cut where the request ends), and what was checked.
+
+    `accepted` is the engine's own count, before any cut.
+    """
+
+    token_ids: tuple[int, ...]
+    accepted: int
+    drafted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """How a prompt is decoded: everything besides the prompt and the functions f and g.
+
+    `ngram_min` and `ngram_max` bound the length of the looked-up n-gram (NGRAM only).
+    """
+
+    algorithm: Algorithm
+    draft_length: int
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+    ngram_min: int = 1
+    ngram_max: int = 1
+
+    def steps(self, known: KnownAnswer, prompt_ids: Sequence[int]) -> list[ExpectedStep]:
+        """The steps of one request."""
+        if self.algorithm == "NONE":
+            return plain_steps(prompt_ids, known.target_next, self.max_tokens, self.stop_ids)
+        if self.algorithm == "DRAFT_TARGET":
+            return draft_target_steps(
+                prompt_ids,
+                known.target_next,
+                known.draft_next,
+                self.draft_length,
+                self.max_tokens,
+                self.stop_ids,
+            )
+        if self.algorithm == "NGRAM":
+            return ngram_steps(
+                prompt_ids,
+                known.target_next,
+                self.draft_length,
+                self.ngram_min,
+                self.ngram_max,
+                self.max_tokens,
+                self.stop_ids,
+            )
+        raise UserError(
+            f"{self.algorithm} has no known answer: calibrate with {', '.join(ALGORITHMS)}"
+        )
+
+
+def read_known_answer(target_dir: Path) -> KnownAnswer:
+    """The functions behind a calibration target, as its builder wrote them down."""
+    path = target_dir / KNOWN_ANSWER_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), expected a folder made by speedbench calibrate: "
+            "build the checkpoints again"
+        ) from None
+    return KnownAnswer(
+        name=found["name"],
+        version=found["version"],
+        target_next=tuple(found["next"]),
+        draft_next=tuple(found["draft_next"]),
+        eos_token_ids=tuple(found["eos_token_ids"]),
+        densities=found["densities"],
+    )
+
+
+def draft_target_steps(
+    prompt_ids: Sequence[int],
+    target_next: Sequence[int],
+    draft_next: Sequence[int],
+    draft_length: int,
+    max_tokens: int,
+    stop_ids: Collection[int],
+) -> list[ExpectedStep]:
+    """A draft model iterates g from the last token. Only the last prompt token matters."""
+
+    def propose(context: list[int]) -> list[int]:
+        draft = [draft_next[context[-1]]]
+        while len(draft) < draft_length:
+            draft.append(draft_next[draft[-1]])
+        return draft
+
+    return _steps(prompt_ids, target_next, propose, max_tokens, stop_ids)
+
+
+def plain_steps(
+    prompt_ids: Sequence[int],
+    target_next: Sequence[int],
+    max_tokens: int,
+    stop_ids: Collection[int],
+) -> list[ExpectedStep]:
+    """Autoregressive decoding: one token a step."""
+    return _steps(prompt_ids, target_next, lambda _: [], max_tokens, stop_ids)
+
+
+def ngram_steps(
+    prompt_ids: Sequence[int],
+    target_next: Sequence[int],
+    draft_length: int,
+    ngram_min: int,
+    ngram_max: int,
+    max_tokens: int,
+    stop_ids: Collection[int],
+) -> list[ExpectedStep]:
+    """vLLM's prompt lookup: what followed the earliest occurrence of the longest known suffix."""
+
+    def propose(context: list[int]) -> list[int]:
+        text = "".join(map(chr, context))
+        for n in range(min(ngram_max, len(text)), ngram_min - 1, -1):
+            # Something must follow the occurrence, so it ends before the last token.
+            start = text.find(text[-n:], 0, len(text) - 1)
+            if start >= 0:
+                return context[start + n : start + n + draft_length]
+        return []
+
+    return _steps(prompt_ids, target_next, propose, max_tokens, stop_ids)
+
+
+def _steps(
+    prompt_ids: Sequence[int],
+    target_next: Sequence[int],
+    propose: Callable[[list[int]], list[int]],
+    max_tokens: int,
+    stop_ids: Collection[int],
+) -> list[ExpectedStep]:
+    """Prefill, then propose and verify until a stop token or the length limit.
+
+    Valid while prompt + output stay 2 (K + 1) tokens below the engine's length limit: nearer to it
+    vLLM drafts zeros, and from when on depends on the longest request of the batch.
+    """
+    context, steps, draft = list(prompt_ids), [], list[int]()
+    end = len(context) + max_tokens
+    while len(context) < end:
+        block = [target_next[context[-1]]]
+        for token in draft:
+            if token != block[-1]:
+                break
+            block.append(target_next[token])
+        kept = block[: end - len(context)]
+        stop = next((i for i, token in enumerate(kept) if token in stop_ids), None)
+        kept = kept if stop is None else kept[: stop + 1]
+        steps.append(ExpectedStep(tuple(kept), len(block) - 1, len(draft)))
+        if stop is not None:
+            break
+        context += kept
+        draft = propose(context)
+    return steps
+
+
+def expected_al(requests: Iterable[Sequence[ExpectedStep]]) -> float | None:
+    """Mean tokens per decode step before any cut; None without a decode step."""
+    lengths = [step.accepted + 1 for steps in requests for step in steps[1:]]
+    return sum(lengths) / len(lengths) if lengths else None
+
+
+def next_token_logits(model_dir: Path) -> NDArray[np.float64]:
+    """(V, V) logits of the token after x, for every x: what the stored weights say, in float64.
+
+    The blocks of a calibration checkpoint add nothing to the residual stream, so only the
+    embedding, the last norm and the head are left.
+    """
+    from safetensors.numpy import load_file
+
+    try:
+        weights = load_file(model_dir / "model.safetensors")
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{model_dir} cannot be read ({error}), expected a calibration checkpoint: "
+            "build the checkpoints again"
+        ) from None
+    added = [name for name in weights if name.endswith(("o_proj.weight", "down_proj.weight"))]
+    if any(weights[name].any() for name in added):
+        raise UserError(
+            f"{model_dir} is no calibration checkpoint: its blocks add to the residual stream"
+        )
+    hidden = weights["model.embed_tokens.weight"].astype(np.float64)
+    mean_square = np.mean(hidden**2, axis=1, keepdims=True)
+    normed = hidden / np.sqrt(mean_square + config["rms_norm_eps"]) * weights["model.norm.weight"]
+    head = weights["lm_head.weight"].astype(np.float64)
+    return np.asarray(normed @ head.T, dtype=np.float64)
+
+
+def acceptance_probabilities(
+    target_dir: Path, draft_dir: Path, temperature: float
+) -> NDArray[np.float64]:
+    """(V,) probability that the draft token after x is accepted, for every context token x.
+
+    The drafter proposes its most likely token g(x) whatever the temperature (vLLM's default,
+    `draft_sample_method` greedy), so it is accepted with the target's probability of it.
+    Holds without top-p and top-k. At temperature 0: exactly 0 or 1.
+    """
+    draft_next = next_token_logits(draft_dir).argmax(axis=1)
+    logits = next_token_logits(target_dir)
+    if temperature == 0:
+        return np.asarray(logits.argmax(axis=1) == draft_next, dtype=np.float64)
+    logits = (logits - logits.max(axis=1, keepdims=True)) / temperature
+    weights = np.exp(logits)
+    chosen = weights[np.arange(len(weights)), draft_next]
+    return np.asarray(chosen / weights.sum(axis=1), dtype=np.float64)

@@ -1,0 +1,285 @@
+"""Checks: columns + manifest -> sentences of doubt, printed above every report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from speedbench import metrics
+from speedbench.store import Run, expected_conversations
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """error: a number below cannot be right; warning: read with care; note: good to know."""
+
+    level: Literal["error", "warning", "note"]
+    sentence: str
+
+
+def all_checks(run: Run) -> Iterator[Check]:
+    """Every plausibility identity of DESIGN.md section 5, told only where it fails."""
+    yield from _provenance(run)
+    yield from _completeness(run)
+    yield from _steps(run)
+    yield from _counters(run)
+    yield from _rates(run)
+    yield from _closed_form(run)
+
+
+def _error(sentence: str) -> Check:
+    return Check("error", sentence)
+
+
+def _warning(sentence: str) -> Check:
+    return Check("warning", sentence)
+
+
+def _note(sentence: str) -> Check:
+    return Check("note", sentence)
+
+
+def _provenance(run: Run) -> Iterator[Check]:
+    engine, config = run.manifest["engine"], run.manifest["config"]
+    if engine.get("simulated"):
+        yield _error(
+            "SIMULATED: the null engine made up the clock and the acceptances; nothing here is a "
+            "measurement"
+        )
+    asked = 0 if config["speculative_algorithm"] == "NONE" else config["draft_length"]
+    if engine["draft_length"] != asked:
+        yield _warning(
+            f"the engine drafts {engine['draft_length']} tokens per step, {asked} were asked for; "
+            "numbers are given for what it did"
+        )
+    if (max_num_seqs := engine.get("max_num_seqs")) is not None and max_num_seqs < config[
+        "concurrency"
+    ]:
+        yield _warning(
+            f"the engine runs at most {max_num_seqs} requests at once, the concurrency was "
+            f"{config['concurrency']}: the others waited, and their wait is in TTFT"
+        )
+    if engine.get("prefix_cache") and not config["prefix_cache"]:
+        yield _warning("the engine's prefix cache is on though it was not asked for")
+    if config["trust_remote_code"]:
+        yield _note("code shipped with the checkpoint was run (--trust_remote_code)")
+    for sentence in run.damage:
+        yield _error(sentence)
+
+
+def _completeness(run: Run) -> Iterator[Check]:
+    manifest, columns = run.manifest, run.columns
+    status = manifest["status"]
+    if status == "running":
+        yield _warning("the run was killed, or is still going on: only what was committed is here")
+    elif status != "complete":
+        ends = [s.get("message") for s in manifest["sessions"] if s.get("message")]
+        yield _warning(f"the run is {status}" + (f": {ends[-1]}" if ends else ""))
+    if len(manifest["sessions"]) > 1:
+        yield _note(
+            f"the run was resumed: {len(manifest['sessions'])} sessions; acceptance pools them, "
+            "throughput does not"
+        )
+    if n_failed := int(columns.failed.sum()):
+        reasons = sorted({e for e in run.turns.take(run.used)["error"].to_pylist() if e})
+        yield _warning(
+            f"{n_failed} conversation(s) failed and are in no number below; first reason: "
+            f"{reasons[0] if reasons else 'not told'}"
+        )
+    refused = manifest.get("refused", [])
+    if refused:
+        yield _warning(
+            f"{len(refused)} row(s) were refused before the start, first {refused[0]['id']!r}: "
+            f"{refused[0]['reason']}"
+        )
+    missing = sum(expected_conversations(run).values()) - len(columns.conversation_ids)
+    if missing - len(refused) > 0:
+        yield _warning(f"{missing - len(refused)} conversation(s) have not been measured yet")
+
+
+def _steps(run: Run) -> Iterator[Check]:
+    columns, k = run.columns, int(run.manifest["engine"]["draft_length"])
+    counts = metrics.acceptance(columns, k)
+    too_long = int(((columns.n_tokens > k + 1) & (columns.engine_steps == 1)).sum())
+    if too_long:
+        yield _error(
+            f"{too_long} step(s) hold more than K+1 = {k + 1} tokens: the engine merged events, or "
+            "its draft length is not what it says; they are in no histogram"
+        )
+    merged = int((columns.engine_steps != 1).sum())
+    if merged:
+        yield _warning(
+            f"{merged} of {len(columns.step)} events ({merged / len(columns.step):.1%}) merge "
+            "engine steps, or may: they are in no histogram, and step times lack them"
+        )
+    first = columns.n_tokens[columns.step == 0]
+    if (first > 1).any():
+        yield _error(
+            f"{int((first > 1).sum())} request(s) begin with several tokens: their prefill was "
+            "merged with a decode step"
+        )
+    if (columns.n_tokens < 1).any():
+        yield _error(f"{int((columns.n_tokens < 1).sum())} step(s) hold no token")
+    told = (columns.drafted > 0) & (columns.accepted >= 0) & ~columns.is_last() & (columns.step > 0)
+    wrong = told & (columns.accepted + 1 != columns.n_tokens) & (columns.engine_steps == 1)
+    if wrong.any():
+        yield _error(
+            f"{int(wrong.sum())} step(s) show another number of tokens than the engine says it "
+            "accepted"
+        )
+    yield from _outputs(run)
+    if counts.n_decode != int((counts.whole + counts.cut).sum()):
+        yield _error("the histogram does not sum to the number of decode steps")
+    yield from _clock(run)
+
+
+def _outputs(run: Run) -> Iterator[Check]:
+    """Tokens of a request = sum of its steps; none longer than asked for."""
+    columns = run.columns
+    lengths = np.array(
+        [len(ids or ()) for ids in run.turns["output_token_ids"].to_pylist()], np.int64
+    )[run.used]
+    summed = np.bincount(columns.request, columns.n_tokens, columns.n_requests)
+    if (lengths != summed).any():
+        yield _error(
+            f"{int((lengths != summed).sum())} request(s) have another number of tokens than their "
+            "steps sum to"
+        )
+    limit = run.manifest["config"]["output_length"]
+    if (lengths > limit).any():
+        yield _error(f"{int((lengths > limit).sum())} request(s) are longer than {limit} tokens")
+
+
+def _clock(run: Run) -> Iterator[Check]:
+    columns = run.columns
+    first, last = columns.first_and_last()
+    back = (np.diff(columns.time_ns) < 0) & (np.diff(columns.request) == 0)
+    early = columns.time_ns[first] < columns.submitted_ns[columns.request[first]]
+    if back.any() or early.any():
+        yield _error(
+            f"the clock runs backwards in {int(back.sum() + early.sum())} place(s): times and "
+            "throughput are not to be trusted"
+        )
+    k = int(run.manifest["engine"]["draft_length"])
+    timing = metrics.timing(columns)
+    n_steps = last - first
+    one = n_steps == 0
+    if len(timing.user_tps) and not one.all() and (columns.engine_steps == 1).all():
+        decode_s = (columns.time_ns[last] - columns.time_ns[first]) / 1e9
+        tokens = np.add.reduceat(columns.n_tokens, first) - columns.n_tokens[first]
+        if (tokens > n_steps * (k + 1)).any():
+            yield _error(f"a request made more than K+1 = {k + 1} tokens per step")
+        if ((decode_s <= 0) & ~one).any():
+            yield _error("a request has several steps at one instant: no rate is to be trusted")
+
+
+def _counters(run: Run) -> Iterator[Check]:
+    """accepted = sum(n - 1) + cut; drafts = decode - plain + phantom, by name."""
+    sessions = run.manifest["sessions"]
+    counters = [s.get("counters") for s in sessions]
+    columns, k = run.columns, int(run.manifest["engine"]["draft_length"])
+    if k == 0 or not counters or None in counters:
+        return
+    if any(s.get("n_uncommitted") for s in sessions) or columns.failed.any() or run.n_retried:
+        yield _note(
+            "the engine's counters hold requests that are not in the records (failed, or cut off "
+            "by the end of the run): they cannot be reconciled"
+        )
+        return
+    books = reconcile(run)
+    if books["unexplained_accepted"]:
+        yield _error(
+            f"the engine counted {books['counter_accepted']} accepted tokens, the records hold "
+            f"{books['accepted']} and {books['cut']} cut from final steps: "
+            f"{books['unexplained_accepted']:+d} unexplained"
+        )
+    if books["unexplained_drafts"]:
+        yield _error(
+            f"the engine counted {books['counter_drafts']} drafts, the records hold "
+            f"{books['decode']} decode steps, {books['plain']} of them plain, and "
+            f"{books['phantom']} phantom drafts: {books['unexplained_drafts']:+d} unexplained"
+        )
+    if not books["exact"]:
+        yield _note(
+            f"{books['untold']} step(s) are not told to be verify or plain, or their cut is not "
+            "known: the engine's counters are reconciled within these bounds only"
+        )
+
+
+def reconcile(run: Run) -> Mapping[str, Any]:
+    """The books: engine counters of the run beside what the records hold, and what is unexplained.
+
+    unexplained_* is 0 where they agree; where steps are not told apart, where counters lie within
+    the bounds that these steps leave open.
+    """
+    columns = run.columns
+    k = int(run.manifest["engine"]["draft_length"])
+    kinds = metrics.step_kinds(columns, k)
+    decode = (kinds != metrics.PREFILL) & (kinds != metrics.MERGED)
+    verify, plain = kinds == metrics.VERIFY, kinds == metrics.PLAIN
+    untold = kinds == metrics.DECODE
+    last = columns.is_last()
+    told = columns.accepted >= 0
+    cut = int((columns.accepted - (columns.n_tokens - 1))[verify & last & told].sum())
+    open_cut = int((k + 1 - columns.n_tokens)[(verify | untold) & last & ~told].sum())
+    phantom = int(((columns.step == 0) & (columns.drafted > 0)).sum())
+    accepted = int((columns.n_tokens - 1)[decode].sum())
+    n_untold = int(untold.sum())
+    n_phantom_open = int(((columns.step == 0) & (columns.drafted < 0)).sum())
+    counters = [s["counters"] for s in run.manifest["sessions"]]
+    counter_accepted = sum(c["accepted"] for c in counters)
+    counter_drafts = sum(c["drafts"] for c in counters)
+    drafts = int(decode.sum()) - int(plain.sum()) + phantom
+    return {
+        "counter_accepted": counter_accepted,
+        "counter_drafts": counter_drafts,
+        "accepted": accepted,
+        "cut": cut,
+        "decode": int(decode.sum()),
+        "plain": int(plain.sum()),
+        "phantom": phantom,
+        "untold": n_untold + int(((verify | untold) & last & ~told).sum()),
+        "exact": n_untold == 0 and open_cut == 0 and n_phantom_open == 0,
+        "unexplained_accepted": _outside(counter_accepted - accepted - cut, 0, open_cut),
+        "unexplained_drafts": _outside(counter_drafts - drafts, -n_untold, n_phantom_open),
+    }
+
+
+def _outside(value: int, low: int, high: int) -> int:
+    """How far `value` lies outside low..high; 0 inside."""
+    return value - high if value > high else value - low if value < low else 0
+
+
+def _rates(run: Run) -> Iterator[Check]:
+    k = int(run.manifest["engine"]["draft_length"])
+    counts = metrics.acceptance(run.columns, k)
+    whole = counts.whole_verify.sum(axis=0) if counts.n_verify else counts.whole.sum(axis=0)
+    cut = counts.cut_verify.sum(axis=0) if counts.n_verify else counts.cut.sum(axis=0)
+    rates = metrics.conditional_rates(whole, cut)
+    later = rates[1:][~np.isnan(rates[1:])]
+    if len(later) and whole.sum() >= 100 and rates[0] < 0.5 * later.min():
+        yield _warning(
+            f"position 1 is accepted at {rates[0]:.3f}, later positions at {later.min():.3f} or "
+            "more: a drafter is rarely that wrong only at its first token; look for a "
+            "misconfigured engine (shifted positions, a wrong head, dropped arguments)"
+        )
+    if (
+        k
+        and counts.n_decode
+        and counts.n_verify + counts.n_plain == counts.n_decode
+        and (counts.n_verify == 0)
+    ):
+        yield _error("speculation was asked for, but not one draft was checked")
+
+
+def _closed_form(run: Run) -> Iterator[Check]:
+    known = run.manifest.get("known_answer")
+    if not known:
+        return
+    if known.get("ok"):
+        yield _note(f"known-answer checkpoint: {known['sentence']}")
+    else:
+        yield _error(f"known-answer checkpoint: {known['sentence']}")

@@ -1,0 +1,343 @@
+"""Columns -> numbers. Pure numpy functions; every definition is DESIGN.md section 2's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from speedbench.columns import Bools, Columns, Floats, Ints
+
+PREFILL, VERIFY, PLAIN, DECODE, MERGED = range(5)
+"""Kinds of step; DECODE is verify or plain where the engine does not tell which."""
+
+AL_NAMES = ("al", "al_step", "al_conversation", "al_drafted", "al_specdec_bench")
+"""Acceptance lengths computed from steps; `al` is the primary one."""
+
+
+# ---------------------------------------------------------------- steps
+
+
+def step_kinds(columns: Columns, draft_length: int) -> Ints:
+    """(S,) the kind of every step.
+
+    An event that merges engine steps, or may, or that is longer than a step can be
+    (n > K+1), is MERGED: it never enters a histogram as one step.
+    """
+    kind = np.select(
+        [columns.step == 0, columns.drafted > 0, columns.drafted == 0],
+        [PREFILL, VERIFY, PLAIN],
+        DECODE,
+    )
+    too_long = columns.n_tokens > draft_length + 1
+    return np.where((columns.engine_steps != 1) | too_long, MERGED, kind)
+
+
+def step_lengths(columns: Columns, kinds: Ints, draft_length: int) -> tuple[Ints, Bools]:
+    """(S,) length of each step, and whether it is right-censored there.
+
+    A verify step whose accepted count the engine tells has length accepted + 1, whatever the
+    end of the request cut from it. Otherwise the length is what it shows, and a request's last
+    step of fewer than K+1 tokens is censored: the engine may have accepted more.
+    """
+    told = (kinds == VERIFY) & (columns.accepted >= 0)
+    length = np.where(told, columns.accepted + 1, columns.n_tokens)
+    could_be_cut = ((kinds == VERIFY) | (kinds == DECODE)) & ~told
+    return length, could_be_cut & columns.is_last() & (columns.n_tokens < draft_length + 1)
+
+
+def count_lengths(
+    group: Ints, length: Ints, censored: Bools, n_groups: int, draft_length: int
+) -> tuple[Ints, Ints]:
+    """Steps by length, per group: (uncensored, censored), each (G, K+2); column n is length n.
+
+    group, length, censored: (S',) of the steps to count.
+    """
+    width = draft_length + 2
+    flat = group * width + length
+
+    def count(mask: Bools) -> Ints:
+        return np.bincount(flat[mask], minlength=n_groups * width).reshape(n_groups, width)
+
+    return count(~censored), count(censored)
+
+
+# ---------------------------------------------------------------- acceptance
+
+
+def conditional_rates(whole: Floats | Ints, cut: Floats | Ints) -> Floats:
+    """Conditional acceptance rates (..., K) by Kaplan-Meier from step counts (..., K+2).
+
+    Of the r_k steps known to have reached position k (length >= k, or cut beyond k), d_k ended
+    there: rate 1 - d_k / r_k; NaN where r_k is 0. (Kaplan & Meier 1958, JASA 53:457-481.)
+    """
+    reached = np.cumsum(whole[..., ::-1], axis=-1)[..., ::-1]
+    beyond = np.cumsum(cut[..., ::-1], axis=-1)[..., ::-1]
+    ended = np.asarray(whole, float)[..., 1:-1]
+    at_risk = reached[..., 1:-1] + beyond[..., 2:]
+    return _ratio(at_risk - ended, at_risk)
+
+
+def joint_rates(rates: Floats) -> Floats:
+    """Running product (..., K) of conditional rates; once it is 0 it stays 0, known or not."""
+    joint = np.empty_like(rates)
+    product = np.ones(rates.shape[:-1])
+    for k in range(rates.shape[-1]):
+        product = np.where(product == 0, 0.0, product * rates[..., k])
+        joint[..., k] = product
+    return joint
+
+
+def acceptance_length(whole: Floats | Ints, cut: Floats | Ints) -> Floats:
+    """Acceptance length (...) from step counts (..., K+2): the sum of joint rates, k = 0..K.
+
+    NaN where a rate that matters is unknown, or where no step was counted. Without censored
+    steps this is the mean step length.
+    """
+    length = 1.0 + joint_rates(conditional_rates(whole, cut)).sum(axis=-1)
+    any_step = (np.sum(whole, axis=-1) + np.sum(cut, axis=-1)) > 0
+    return np.where(any_step, length, np.nan)
+
+
+def published_rates(histogram: Ints) -> Floats:
+    """(K,) conditional rates the way SPEED-Bench's console counts, from steps by length (K+2,).
+
+    Every step as it looks, prefill and cut-off steps included: the ratio of the shares of steps
+    that reach k+1 and k tokens. NaN where no step reaches k.
+    """
+    total = histogram.sum()
+    share = np.cumsum(histogram[::-1])[::-1] / total if total else np.zeros(len(histogram))
+    return _ratio(share[2:], share[1:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What each measured conversation (C',) contributes to the acceptance lengths.
+
+    category     (C',) index into the run's categories
+    whole, cut   (C', K+2) decode steps by length, uncensored and censored
+    whole_verify, cut_verify  the same over verify steps alone
+    mean_uncut   (C',) mean length of uncensored decode steps, NaN without any
+    mean_all     (C',) mean tokens of all events as they look, prefill and merged ones included
+    n_verify, n_plain, n_decode  steps of each kind (n_decode: verify, plain and untold)
+    n_merged, n_events  events left out of every histogram, and all events
+    as_published (K+2,) every event as it looks, prefill included, up to length K+1
+    """
+
+    n_categories: int
+    category: Ints
+    whole: Ints
+    cut: Ints
+    whole_verify: Ints
+    cut_verify: Ints
+    mean_uncut: Floats
+    mean_all: Floats
+    n_verify: int
+    n_plain: int
+    n_decode: int
+    n_merged: int
+    n_events: int
+    as_published: Ints
+
+
+def acceptance(columns: Columns, draft_length: int) -> Acceptance:
+    """Count the steps of every conversation that did not fail."""
+    kinds = step_kinds(columns, draft_length)
+    length, censored = step_lengths(columns, kinds, draft_length)
+    conversation = columns.conversation[columns.request]
+    measured = ~columns.failed
+    code = np.cumsum(measured) - 1  # conversation -> C'
+    n = int(measured.sum())
+    keep = measured[conversation]
+    group = code[conversation]
+    decode = keep & (kinds != PREFILL) & (kinds != MERGED)
+    verify = keep & (kinds == VERIFY)
+
+    def count(mask: Bools) -> tuple[Ints, Ints]:
+        return count_lengths(group[mask], length[mask], censored[mask], n, draft_length)
+
+    whole, cut = count(decode)
+    whole_verify, cut_verify = count(verify)
+    lengths = np.arange(draft_length + 2)
+    short = keep & (columns.n_tokens <= draft_length + 1)
+    return Acceptance(
+        n_categories=len(columns.categories),
+        category=columns.category[measured],
+        whole=whole,
+        cut=cut,
+        whole_verify=whole_verify,
+        cut_verify=cut_verify,
+        mean_uncut=_ratio(whole @ lengths, whole.sum(axis=1)),
+        mean_all=_ratio(
+            np.bincount(group[keep], columns.n_tokens[keep], n),
+            np.bincount(group[keep], minlength=n),
+        ),
+        n_verify=int(verify.sum()),
+        n_plain=int((keep & (kinds == PLAIN)).sum()),
+        n_decode=int(decode.sum()),
+        n_merged=int((keep & (kinds == MERGED)).sum()),
+        n_events=int(keep.sum()),
+        as_published=np.bincount(columns.n_tokens[short], minlength=draft_length + 2),
+    )
+
+
+def _ratio(numerator: Floats | Ints, denominator: Floats | Ints) -> Floats:
+    """Element-wise ratio, NaN where the denominator is 0."""
+    out: Floats = np.full(np.shape(denominator), np.nan)
+    np.divide(numerator, denominator, out=out, where=np.asarray(denominator) != 0)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptanceLengths:
+    """One acceptance length under B weightings: per category (B, G) and overall (B,)."""
+
+    per_category: Floats
+    overall: Floats
+
+
+def acceptance_lengths(counts: Acceptance, weights: Floats) -> dict[str, AcceptanceLengths]:
+    """Every acceptance length of AL_NAMES, with each conversation counted `weights` (B, C') times.
+
+    Weights of 1 give the estimates; resampled weights give their bootstrap distribution.
+    """
+    n, b = counts.n_categories, len(weights)
+    width = counts.whole.shape[1]
+    sums = {
+        name: np.zeros((b, n, width)) for name in ("whole", "cut", "whole_verify", "cut_verify")
+    }
+    uncut, everything = np.full((b, n), np.nan), np.full((b, n), np.nan)
+    for g in range(n):
+        members = counts.category == g
+        w = weights[:, members]
+        for name, total in sums.items():
+            total[:, g] = w @ getattr(counts, name)[members]
+        uncut[:, g] = _weighted_mean(counts.mean_uncut[members], w)
+        everything[:, g] = _weighted_mean(counts.mean_all[members], w)
+    by_category = acceptance_length(sums["whole"], sums["cut"])
+    drafted = acceptance_length(sums["whole_verify"], sums["cut_verify"])
+    present = np.isin(np.arange(n), counts.category)  # categories with a measured conversation
+
+    def pooled(whole: str, cut: str) -> Floats:
+        return acceptance_length(sums[whole].sum(axis=1), sums[cut].sum(axis=1))
+
+    def mean(values: Floats) -> Floats:
+        return values[:, present].mean(axis=1) if present.any() else np.full(b, np.nan)
+
+    return {
+        "al": AcceptanceLengths(by_category, mean(by_category)),
+        "al_step": AcceptanceLengths(by_category, pooled("whole", "cut")),
+        "al_conversation": AcceptanceLengths(uncut, mean(uncut)),
+        "al_drafted": AcceptanceLengths(drafted, pooled("whole_verify", "cut_verify")),
+        "al_specdec_bench": AcceptanceLengths(everything, _weighted_mean(counts.mean_all, weights)),
+    }
+
+
+def _weighted_mean(values: Floats, weights: Floats) -> Floats:
+    """(B,) mean of the known `values` (N,) under weights (B, N); NaN without any."""
+    known = ~np.isnan(values)
+    return _ratio(weights[:, known] @ values[known], weights[:, known].sum(axis=1))
+
+
+# ---------------------------------------------------------------- time
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds and rates. Of requests (R',) that ended well; of gaps (G,) between their steps.
+
+    User TPS exists only for requests with more than one step; `step_time_s` leaves out gaps that
+    end in a merged event.
+    """
+
+    ttft_s: Floats
+    e2e_s: Floats
+    user_tps: Floats
+    step_time_s: Floats
+    n_output_tokens: Ints
+
+
+def timing(columns: Columns) -> Timing:
+    """Times of every finished request of conversations that did not fail."""
+    first, last = columns.first_and_last()
+    request = columns.request[first]
+    good = columns.finished[request] & ~columns.failed[columns.conversation[request]]
+    first, last, request = first[good], last[good], request[good]
+    tokens_up_to = np.append(0, np.cumsum(columns.n_tokens))
+    n_output = tokens_up_to[last + 1] - tokens_up_to[first]
+    n_later = n_output - columns.n_tokens[first]
+    decode_s = (columns.time_ns[last] - columns.time_ns[first]) / 1e9
+    longer = decode_s > 0
+    gap = np.diff(columns.time_ns)
+    inside = np.diff(columns.request) == 0
+    wanted = np.isin(columns.request[1:], request) & inside & (columns.engine_steps[1:] == 1)
+    submitted = columns.submitted_ns[request]
+    return Timing(
+        ttft_s=(columns.time_ns[first] - submitted) / 1e9,
+        e2e_s=(columns.time_ns[last] - submitted) / 1e9,
+        user_tps=n_later[longer] / decode_s[longer],
+        step_time_s=gap[wanted] / 1e9,
+        n_output_tokens=n_output,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens (failed requests' included) seen in a span of time of one session."""
+
+    n_tokens: int
+    duration_s: float
+
+    @property
+    def output_tps(self) -> float:
+        return self.n_tokens / self.duration_s
+
+
+def whole_window(columns: Columns, session: int, started_ns: int, ended_ns: int) -> Window:
+    """All tokens of one session over its wall time."""
+    mine = columns.session[columns.request] == session
+    return Window(int(columns.n_tokens[mine].sum()), (ended_ns - started_ns) / 1e9)
+
+
+def steady_window(columns: Columns, session: int, concurrency: int) -> Window | None:
+    """Tokens from the moment all slots are filled until the queue is empty; None without such.
+
+    Slots are filled when the concurrency-th conversation is submitted; the queue is empty when
+    the last one is.
+    """
+    starts = np.sort(
+        columns.submitted_ns[
+            (columns.session == session) & (columns.turn == 0) & (columns.submitted_ns >= 0)
+        ]
+    )
+    if len(starts) <= concurrency:
+        return None
+    filled_ns, empty_ns = starts[concurrency - 1], starts[-1]
+    if empty_ns <= filled_ns:
+        return None
+    inside = (
+        (columns.session[columns.request] == session)
+        & (columns.time_ns > filled_ns)
+        & (columns.time_ns <= empty_ns)
+    )
+    return Window(int(columns.n_tokens[inside].sum()), float(empty_ns - filled_ns) / 1e9)
+
+
+QUANTILES = (25, 50, 75, 90, 95, 99)
+
+
+def describe(values: Floats | Ints) -> dict[str, float] | None:
+    """n, min, mean, std (n - 1), max and percentiles (linear interpolation); None if empty."""
+    if len(values) == 0:
+        return None
+    return {
+        "n": float(len(values)),
+        "min": float(np.min(values)),
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+        **{
+            f"p{q}": float(v)
+            for q, v in zip(QUANTILES, np.percentile(values, QUANTILES), strict=True)
+        },
+        "max": float(np.max(values)),
+    }

@@ -1,0 +1,277 @@
+"""Summary: every number of one stored run, each with its interval or the reason it is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from speedbench import metrics, stats
+from speedbench.checks import Check, all_checks
+from speedbench.columns import Floats
+from speedbench.store import Run, expected_conversations
+
+DEFINITIONS: Mapping[str, str] = {
+    "al": "decode steps, cut-off steps censored (Kaplan-Meier); steps equal within a category, "
+    "then the mean over categories",
+    "al_step": "decode steps, cut-off steps censored (Kaplan-Meier); every step equal",
+    "al_conversation": "uncut decode steps; mean per conversation, per category, over categories",
+    "al_drafted": "verify steps only (a draft was checked); every step equal",
+    "al_specdec_bench": "all steps as they look, prefill included; mean per conversation, then "
+    "over conversations: the published SPEED-Bench console number",
+    "al_engine": "the engine's own counters: 1 + accepted / drafts",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number with its 95 % interval, or None with the reason why the records have none."""
+
+    value: float | None
+    interval: tuple[float, float] | None = None
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CategoryRow:
+    """One category: completeness and acceptance lengths; `expected_al` is the closed form's."""
+
+    name: str
+    n_complete: int
+    n_expected: int
+    n_steps: int
+    lengths: Mapping[str, Figure]
+    rates: tuple[Figure, ...]
+    expected_al: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """All that a report of one run says. `timing` maps a name to metrics.describe's keys."""
+
+    run_dir: str
+    manifest: Mapping[str, Any]
+    checks: tuple[Check, ...]
+    draft_length: int
+    n_conversations: int
+    n_failed: int
+    n_requests: int
+    n_steps: int
+    n_output_tokens: int
+    kinds: Mapping[str, int]
+    categories: tuple[CategoryRow, ...]
+    lengths: Mapping[str, Figure]
+    histogram: tuple[int, ...]
+    n_censored: int
+    rates: tuple[Figure, ...]
+    joint: tuple[Figure, ...]
+    rates_over: str
+    draft_hit_rate: Figure
+    published_histogram: tuple[int, ...]
+    published_rates: tuple[Figure, ...]
+    published_al_step: Figure
+    timing: Mapping[str, Mapping[str, float] | None]
+    output_tps: Figure
+    output_tps_steady: Figure
+    steady_duration_s: float | None
+    output_tps_per_gpu: Figure
+    expected_al: float | None
+
+
+def summarize(run: Run) -> Summary:
+    """Compute every number from the run's records alone."""
+    manifest, columns = run.manifest, run.columns
+    k = int(manifest["engine"]["draft_length"])
+    counts = metrics.acceptance(columns, k)
+    once = metrics.acceptance_lengths(counts, np.ones((1, len(counts.category))))
+    weights = stats.bootstrap_weights(counts.category)
+    resampled = metrics.acceptance_lengths(counts, weights)
+    timing = metrics.timing(columns)
+    verified = counts.n_verify > 0
+    whole = counts.whole_verify if verified else counts.whole
+    cut = counts.cut_verify if verified else counts.cut
+    rates = metrics.conditional_rates(whole.sum(axis=0), cut.sum(axis=0))
+    rate_samples = metrics.conditional_rates(weights @ whole, weights @ cut)
+    joint = metrics.joint_rates(rates)
+    output, steady, per_gpu = _throughput(run)
+    published = counts.as_published
+    n_published = int(published.sum())
+    return Summary(
+        run_dir=str(run.directory),
+        manifest=manifest,
+        checks=tuple(all_checks(run)),
+        draft_length=k,
+        n_conversations=len(counts.category),
+        n_failed=int(columns.failed.sum()),
+        n_requests=columns.n_requests,
+        n_steps=len(columns.step),
+        n_output_tokens=int(columns.n_tokens.sum()),
+        kinds={
+            "verify": counts.n_verify,
+            "plain": counts.n_plain,
+            "decode, draft not told": counts.n_decode - counts.n_verify - counts.n_plain,
+            "merged": counts.n_merged,
+            "prefill": counts.n_events - counts.n_decode - counts.n_merged,
+        },
+        categories=_categories(run, counts, once, resampled),
+        lengths={
+            **{
+                name: _figure(once[name].overall[0], resampled[name].overall, _why(counts, name))
+                for name in metrics.AL_NAMES
+            },
+            "al_engine": _engine_length(manifest),
+        },
+        histogram=tuple(int(n) for n in (counts.whole + counts.cut).sum(axis=0)[1:]),
+        n_censored=int(counts.cut.sum()),
+        rates=_figures(rates, rate_samples, "no step reached this position"),
+        joint=_figures(joint, metrics.joint_rates(rate_samples), "an earlier rate is unknown"),
+        rates_over="verify steps" if verified else "decode steps (verify and plain not told apart)",
+        draft_hit_rate=_hit_rate(counts),
+        published_histogram=tuple(int(n) for n in published[1:]),
+        published_rates=_figures(
+            metrics.published_rates(published), None, "no step reached this position"
+        ),
+        published_al_step=Figure(float(published @ np.arange(len(published))) / n_published)
+        if n_published
+        else Figure(None, why_not="no steps"),
+        timing={
+            "ttft_s": metrics.describe(timing.ttft_s),
+            "step_time_s": metrics.describe(timing.step_time_s),
+            "e2e_s": metrics.describe(timing.e2e_s),
+            "user_tps": metrics.describe(timing.user_tps),
+            "output_tokens": metrics.describe(timing.n_output_tokens),
+        },
+        output_tps=output,
+        output_tps_steady=steady[0],
+        steady_duration_s=steady[1],
+        output_tps_per_gpu=per_gpu,
+        expected_al=_expected(manifest).get("overall"),
+    )
+
+
+def _expected(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The closed form's acceptance lengths, for a run on a known-answer checkpoint."""
+    found = manifest.get("known_answer") or {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _figure(value: float, samples: Floats | None, why_not: str) -> Figure:
+    if math.isnan(value):
+        return Figure(None, why_not=why_not)
+    if samples is None:
+        return Figure(float(value))
+    low, high = stats.percentile_interval(samples)
+    return Figure(float(value), None if np.isnan(low) else (float(low), float(high)))
+
+
+def _figures(values: Floats, samples: Floats | None, why_not: str) -> tuple[Figure, ...]:
+    return tuple(
+        _figure(value, None if samples is None else samples[:, i], why_not)
+        for i, value in enumerate(values)
+    )
+
+
+def _why(counts: metrics.Acceptance, name: str) -> str:
+    """Why an acceptance length is unknown."""
+    if counts.n_decode == 0:
+        return "no decode step was recorded"
+    if name == "al_drafted" and counts.n_verify == 0:
+        return (
+            "no draft was checked"
+            if counts.n_plain
+            else "the engine does not tell verify from plain"
+        )
+    return "a position was reached only by steps that the end of a request cut off"
+
+
+def _categories(
+    run: Run,
+    counts: metrics.Acceptance,
+    once: Mapping[str, metrics.AcceptanceLengths],
+    resampled: Mapping[str, metrics.AcceptanceLengths],
+) -> tuple[CategoryRow, ...]:
+    expected = expected_conversations(run)
+    closed_form = _expected(run.manifest).get("by_category", {})
+    rows = []
+    for g, name in enumerate(run.columns.categories):
+        members = counts.category == g
+        n = int(members.sum())
+        why = _why(counts, "al") if n else "no conversation was measured"
+        whole, cut = counts.whole[members].sum(axis=0), counts.cut[members].sum(axis=0)
+        rows.append(
+            CategoryRow(
+                name,
+                n,
+                max(expected[name], n),
+                int((whole + cut).sum()),
+                {
+                    al: _figure(
+                        once[al].per_category[0, g],
+                        resampled[al].per_category[:, g] if n > 1 else None,
+                        why,
+                    )
+                    for al in metrics.AL_NAMES
+                },
+                _figures(metrics.conditional_rates(whole, cut), None, "not reached"),
+                closed_form.get(name),
+            )
+        )
+    return tuple(rows)
+
+
+def _hit_rate(counts: metrics.Acceptance) -> Figure:
+    told = counts.n_verify + counts.n_plain
+    if told != counts.n_decode:
+        return Figure(None, why_not="the engine does not tell verify from plain")
+    if told == 0:
+        return Figure(None, why_not="no decode step was recorded")
+    return Figure(counts.n_verify / told)
+
+
+def _engine_length(manifest: Mapping[str, Any]) -> Figure:
+    drafts = accepted = 0
+    for session in manifest.get("sessions", []):
+        counters = session.get("counters")
+        if counters is None:
+            return Figure(None, why_not="no counters of the engine were stored")
+        drafts += counters["drafts"]
+        accepted += counters["accepted"]
+    if drafts == 0:
+        return Figure(None, why_not="the engine counted no draft")
+    return Figure(1 + accepted / drafts)
+
+
+def _throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
+    """Output TPS over the whole run, over the steady window (with its seconds), and per GPU."""
+    sessions = run.manifest.get("sessions", [])
+    why = ""
+    if len(sessions) != 1:
+        why = f"throughput is not pooled over {len(sessions)} sessions"
+    elif sessions[0].get("ended_ns") is None:
+        why = "the session did not end in order"
+    elif sessions[0].get("n_uncommitted"):
+        why = "conversations were in flight at the end, and their tokens are not in the records"
+    elif run.damage:
+        why = "a part of the records cannot be read"
+    if why:
+        return (
+            Figure(None, why_not=why),
+            (Figure(None, why_not=why), None),
+            Figure(None, why_not=why),
+        )
+    session, config = sessions[0], run.manifest["config"]
+    number = session["session"]
+    whole = metrics.whole_window(
+        run.columns, number, session["started_ns"], session["ended_ns"]
+    ).output_tps
+    n_gpus = int(config["tp_size"]) * int(config["pp_size"]) * int(config["dp_size"])
+    window = metrics.steady_window(run.columns, number, config["concurrency"])
+    steady = (
+        (Figure(None, why_not="there were no more conversations than slots"), None)
+        if window is None
+        else (Figure(window.output_tps), window.duration_s)
+    )
+    return Figure(whole), steady, Figure(whole / n_gpus)
