@@ -70,7 +70,8 @@ class Loop:
     """Drives one engine over rows; `commit` receives each conversation when its last turn ends.
 
     `stop` is asked after every poll and returns why to stop, or None. `n_tokens` and `n_done`
-    grow while it runs, for a progress display.
+    grow while it runs, for a progress display. `clock` (ns) stamps submissions; it must be the
+    clock that the engine's steps are stamped with.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Loop:
         id_prefix: str,
         commit: Callable[[ConversationRecord], None],
         stop: Callable[[], str | None],
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._engine = engine
         self._prompt_for = prompt_for
@@ -93,6 +95,7 @@ class Loop:
         self._id_prefix = id_prefix
         self._commit = commit
         self._stop = stop
+        self._clock = clock
         self._flights: dict[str, _Flight] = {}
         self._n_admitted = 0
         self._n_stray_steps = 0
@@ -102,7 +105,7 @@ class Loop:
     def run(self, rows: Iterable[Conversation]) -> LoopEnd:
         """Ask every row; returns when all have ended, on `stop`, or when the engine died."""
         queue = iter(rows)
-        started_ns = time.monotonic_ns()
+        started_ns = self._clock()
         try:
             self._fill(queue)
             while self._flights:
@@ -133,7 +136,7 @@ class Loop:
             self._end_conversation(flight, flight.end("refused", str(refusal)))
             return
         self._flights[flight.request_id] = flight
-        flight.submitted_ns = time.monotonic_ns()
+        flight.submitted_ns = self._clock()
         self._engine.submit(
             Request(flight.request_id, flight.prompt.token_ids, self._output_length, self._sampling)
         )
@@ -174,7 +177,7 @@ class Loop:
             reason,
             message,
             started_ns,
-            time.monotonic_ns(),
+            self._clock(),
             len(pending),
             sum(
                 len(step.token_ids)

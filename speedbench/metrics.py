@@ -74,7 +74,7 @@ def conditional_rates(whole: Floats | Ints, cut: Floats | Ints) -> Floats:
     reached = np.cumsum(whole[..., ::-1], axis=-1)[..., ::-1]
     beyond = np.cumsum(cut[..., ::-1], axis=-1)[..., ::-1]
     ended = np.asarray(whole, float)[..., 1:-1]
-    at_risk = reached[..., 1:-1] + beyond[..., 2:]
+    at_risk = np.asarray(reached[..., 1:-1] + beyond[..., 2:], float)
     return _ratio(at_risk - ended, at_risk)
 
 

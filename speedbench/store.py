@@ -62,14 +62,19 @@ STEPS = pa.schema(
 # ---------------------------------------------------------------- writing
 
 
-def create(directory: Path) -> None:
-    """Make a new run directory. Raises UserError if something is there already."""
+def refuse_existing(directory: Path) -> None:
+    """Raise UserError if a new run would meet something in its directory."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         what = "a run" if (directory / "manifest.json").exists() else "something"
         raise UserError(
             f"{directory} already holds {what}: choose another --save_dir, or continue that run "
             "with --resume"
         )
+
+
+def create(directory: Path) -> None:
+    """Make a new run directory. Raises UserError if something is there already."""
+    refuse_existing(directory)
     try:
         for name in ("turns", "steps"):
             (directory / name).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,483 @@
+"""The command line: run, report, calibrate. The only module that prints."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin
+
+from speedbench.types import UserError
+
+if TYPE_CHECKING:  # imported where needed, so that --help answers at once
+    from speedbench.config import RunConfig
+    from speedbench.session import Outcome, Prepared, Progress, Target
+    from speedbench.types import Engine
+
+OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+"""Exit codes: measured; the engine died or nothing could be measured; the user can mend it;
+Ctrl-C; SIGTERM."""
+
+OUTSIDE_CONFIG = ("runtime_params", "config", "resume", "mtbench", "specbench")
+
+ABOUT = """\
+speedbench measures speculative decoding inside the engine: every step of every request is
+recorded, and acceptance, step time, throughput and speedup are computed from those records.
+
+  {prog} --engine VLLM --model_dir TARGET                                the baseline
+  {prog} --engine VLLM --model_dir TARGET --draft_model_dir DRAFT \\
+      --speculative_algorithm DRAFT_TARGET --draft_length 3              with a drafter
+  speedbench report runs/BASELINE runs/WITH_DRAFTER                      both, side by side
+  speedbench calibrate --engine VLLM                         is it measured right?
+
+`{prog} --help` lists every flag.
+"""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "speedbench") -> int:
+    """Run one command. Returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv, prog)
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return USAGE
+    except BrokenPipeError:  # `... | head`
+        return OK
+
+
+def _dispatch(argv: list[str], prog: str) -> int:
+    commands: Mapping[str, Callable[[list[str], str], int]] = {
+        "run": _run,
+        "report": _report,
+        "calibrate": _calibrate,
+    }
+    if not argv or argv[0] in ("-h", "--help"):
+        print(ABOUT.format(prog=f"{prog} run"))
+        print("commands: " + ", ".join(commands))
+        return OK
+    if argv[0] == "--version":
+        from speedbench import __version__
+
+        print(f"speedbench {__version__}")
+        return OK
+    command = commands.get(argv[0])
+    if command is None:
+        raise UserError(f"there is no command '{argv[0]}': expected {', '.join(commands)}")
+    return command(argv[1:], prog if prog != "speedbench" else f"speedbench {argv[0]}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one sentence, and both --two_words and --two-words are understood."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see --help")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        return self.parse_args([_underscored(word) for word in argv])
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+# ---------------------------------------------------------------- run
+
+
+def _run_parser(prog: str) -> _Parser:
+    """One flag per RunConfig field, in the field's group."""
+    from speedbench.config import RunConfig
+
+    parser = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+    )
+    groups: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        extra = field.json_schema_extra
+        group = str(extra["group"]) if isinstance(extra, dict) else ""
+        if group:
+            groups.setdefault(group, parser.add_argument_group(group))
+            _add_flag(groups[group], name, field.annotation, field.description or "", field.default)
+    groups["data"].add_argument("--mtbench", metavar="FILE", help="same as --dataset mtbench ...")
+    groups["data"].add_argument(
+        "--specbench", metavar="FILE", help="same as --dataset specbench ..."
+    )
+    other = parser.add_argument_group("configuration")
+    other.add_argument(
+        "--runtime_params",
+        metavar="FILE",
+        help="YAML with engine_args, sampling_kwargs, chat_template_args, dataset_kwargs; a flag "
+        "given here wins over the file",
+    )
+    other.add_argument(
+        "--config", metavar="MANIFEST", help="repeat a stored run: its manifest.json or directory"
+    )
+    other.add_argument(
+        "--resume", action="store_true", help="continue the run in --save_dir where it stopped"
+    )
+    other.add_argument("-h", "--help", action="help", help="show this and exit")
+    return parser
+
+
+def _add_flag(group: Any, name: str, annotation: Any, text: str, default: Any) -> None:
+    choices = None
+    kinds = [a for a in get_args(annotation) if a is not type(None)]
+    optional = get_origin(annotation) is Union or type(None) in get_args(annotation)
+    kind = kinds[0] if optional and kinds else annotation
+    if get_origin(kind) is Literal:
+        choices, kind = get_args(kind), str
+    if kind is bool:
+        group.add_argument(f"--{name}", action="store_const", const=True, help=text)
+        group.add_argument(
+            f"--no_{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS
+        )
+        return
+    if isinstance(default, (int, float, str)) and default != "":
+        text += f" (default: {default})"
+    if get_origin(kind) is tuple:
+        group.add_argument(f"--{name}", action="append", metavar="NAME", help=text)
+        return
+    # Numbers stay text here: the configuration says what is wrong with them, in one place.
+    is_number = kind in (int, float)
+    group.add_argument(
+        f"--{name}",
+        choices=choices,
+        metavar=None if choices else "N" if is_number else "X",
+        help=text,
+    )
+
+
+def _run(argv: list[str], prog: str) -> int:
+    if not argv:
+        print(ABOUT.format(prog=prog))
+        return OK
+    given = vars(_run_parser(prog).parse(argv))
+    with _signals() as signals:
+        config, resume_dir = _configuration(given)
+        return _run_configured(config, resume_dir, signals)
+
+
+def _run_configured(config: RunConfig, resume_dir: Path | None, signals: _Signals) -> int:
+    from speedbench import session, store
+
+    directory = resume_dir or _directory(config)
+    if resume_dir is None:
+        store.refuse_existing(directory)
+    _say(f"reading and encoding the prompts of --dataset {config.dataset}", config)
+    prepared = session.prepare(config)
+    target = (
+        session.resumed_target(directory, config, prepared)
+        if resume_dir is not None
+        else session.Target(directory)
+    )
+    if config.trust_remote_code:
+        print("note: --trust_remote_code runs code that ships with the checkpoint", file=sys.stderr)
+    _say(f"starting {config.engine}", config)
+    engine = start_engine(config, None)
+    try:
+        outcome = _measure(config, prepared, engine, target, signals)
+    finally:
+        engine.close()
+    _add_known_answer(config, prepared, directory)
+    _print_report([directory], "console")
+    _say_end(outcome, directory)
+    return _exit_code(outcome, signals)
+
+
+def _measure(
+    config: RunConfig, prepared: Prepared, engine: Engine, target: Target, signals: _Signals
+) -> Outcome:
+    from speedbench import environment, session
+
+    progress = session.Progress()
+    with _showing(progress, config.show_progress), signals.graceful():
+        return session.measure(
+            config,
+            prepared,
+            engine,
+            target,
+            argv=environment.command_line(),
+            stop=signals.why,
+            progress=progress,
+        )
+
+
+def start_engine(config: RunConfig, max_request_tokens: int | None) -> Engine:
+    """Start the engine that a configuration names. Raises UserError."""
+    import engines
+
+    return engines.adapter(config.engine)(config.engine_settings(max_request_tokens))
+
+
+def _exit_code(outcome: Outcome, signals: _Signals) -> int:
+    if signals.received is not None:
+        return 128 + signals.received
+    if outcome.end.reason == "engine died" or (
+        outcome.n_failed and outcome.n_failed == outcome.n_committed
+    ):
+        return FAILED
+    return OK
+
+
+def _say_end(outcome: Outcome, directory: Path) -> None:
+    if outcome.end.reason == "finished":
+        return
+    print(
+        f"\nThe run stopped early ({outcome.end.message}): {outcome.n_committed} of "
+        f"{outcome.n_rows} conversations are stored. Continue it with the same command and "
+        f"--resume, or: run.py --save_dir {directory} --resume",
+        file=sys.stderr,
+    )
+
+
+def _configuration(given: dict[str, Any]) -> tuple[RunConfig, Path | None]:
+    """The run's configuration from flags, files and a stored manifest; the directory to resume."""
+    from speedbench import store
+    from speedbench.config import from_dict
+
+    outside = {name: given.pop(name) for name in OUTSIDE_CONFIG if name in given}
+    flags = _normalised(given, outside)
+    values: dict[str, Any] = {}
+    resume_dir = None
+    if outside.get("resume"):
+        if "save_dir" not in flags:
+            raise UserError("--resume needs --save_dir: name the run directory to continue")
+        resume_dir = Path(flags["save_dir"])
+        values = dict(store.read_manifest(resume_dir)["config"])
+    elif "config" in outside:
+        path = Path(outside["config"])
+        manifest = store.read_manifest(path if path.is_dir() else path.parent)
+        values = {**manifest["config"], "save_dir": None}
+    stored = from_dict(values) if values else None
+    values.update(_merged_with_file(flags, outside.get("runtime_params"), values))
+    values.update(flags)
+    if "engine" not in values:
+        raise UserError(f"--engine is missing: use one of {', '.join(_engine_names())}")
+    values["engine"] = _known_engine(str(values["engine"]))
+    _absorb_engine_arguments(values, flags)
+    config = from_dict(values)
+    _refuse_algorithm(config)
+    if config.engine != "NULL" and config.model_dir is None:
+        raise UserError("--model_dir is missing: name the target checkpoint")
+    if resume_dir is not None and stored is not None:
+        for name, (was, now) in stored.differences(config).items():
+            raise UserError(
+                f"--resume cannot change --{name}: the run in {resume_dir} has {was!r}, you ask "
+                f"for {now!r}; leave the flag out, or start a new run"
+            )
+    return config, resume_dir
+
+
+def _normalised(given: dict[str, Any], outside: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags as configuration values: dataset shorthands, split categories."""
+    flags = dict(given)
+    for name in ("mtbench", "specbench"):
+        if name in outside:
+            if flags.get("dataset", name) != name or "dataset_path" in flags:
+                raise UserError(f"--{name} already names the dataset: leave out --dataset")
+            flags.update(dataset=name, dataset_path=outside[name])
+    if "random_isl" in flags:
+        flags.setdefault("dataset", "random")
+    if "category" in flags:
+        flags["category"] = [c for part in flags["category"] for c in part.split(",") if c]
+    return flags
+
+
+def _merged_with_file(
+    flags: Mapping[str, Any], path: str | None, stored: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Sections of the YAML file; sampling names that have a flag move to it, unless it is given."""
+    from speedbench.config import read_runtime_params
+
+    if path is None:
+        return {}
+    sections: dict[str, Any] = dict(read_runtime_params(path))
+    sampling = dict(sections.get("sampling_kwargs", {}))
+    for name, field in (
+        ("temperature", "temperature"),
+        ("top_p", "top_p"),
+        ("top_k", "top_k"),
+        ("ignore_eos", "ignore_eos"),
+        ("max_tokens", "output_length"),
+    ):
+        if name in sampling:
+            sections[field] = sampling.pop(name)
+    if "sampling_kwargs" in sections:
+        sections["sampling_kwargs"] = sampling
+    return sections
+
+
+def _absorb_engine_arguments(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """An engine argument that a flag owns becomes that flag's value, unless the flag was given."""
+    import engines
+
+    arguments = dict(values.get("engine_args") or {})
+    for name, field in engines.adapter(values["engine"]).flag_of.items():
+        if name in arguments:
+            value = arguments.pop(name)
+            if field not in flags:
+                values[field] = value
+    if "engine_args" in values:
+        values["engine_args"] = arguments
+
+
+def _engine_names() -> list[str]:
+    import engines
+
+    return list(engines.ADAPTERS)
+
+
+def _known_engine(name: str) -> str:
+    names = _engine_names()
+    if name.upper() not in names:
+        raise UserError(f"--engine is '{name}': expected one of {', '.join(names)}")
+    return name.upper()
+
+
+def _refuse_algorithm(config: RunConfig) -> None:
+    import engines
+
+    supported = engines.adapter(config.engine).algorithms
+    if config.speculative_algorithm not in supported:
+        raise UserError(
+            f"{config.engine} does not support --speculative_algorithm "
+            f"{config.speculative_algorithm}: it has {', '.join(supported)}"
+        )
+
+
+def _directory(config: RunConfig) -> Path:
+    if config.save_dir is not None:
+        return Path(config.save_dir)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    parts = (stamp, config.engine, config.speculative_algorithm, config.dataset)
+    return Path("runs") / "-".join(parts).lower()
+
+
+def _add_known_answer(config: RunConfig, prepared: Prepared, directory: Path) -> None:
+    """For a calibration checkpoint: hold the records against the closed form, and store that."""
+
+
+def _say(text: str, config: RunConfig) -> None:
+    if config.show_progress:
+        print(f"speedbench: {text}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- signals and progress
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM: the first ends a measurement in order, the next at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._graceful = False
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        again = self.received is not None
+        self.received = number
+        if again or not self._graceful:
+            raise KeyboardInterrupt
+
+    def why(self) -> str | None:
+        return (
+            None if self.received is None else f"{signal.Signals(self.received).name} was received"
+        )
+
+    @contextmanager
+    def graceful(self) -> Iterator[None]:
+        self._graceful = True
+        try:
+            yield
+        finally:
+            self._graceful = False
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    """Handle SIGINT and SIGTERM inside the block; an exit before or after measuring is clean."""
+    signals = _Signals()
+    before = {n: signal.signal(n, signals.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    except KeyboardInterrupt:
+        number = signals.received or signal.SIGINT
+        print(f"\nspeedbench: ended by {signal.Signals(number).name}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _showing(progress: Progress, wanted: bool) -> Iterator[None]:
+    """Progress on stderr: a line that renews itself on a terminal, one every 10 s in a log."""
+    if not wanted:
+        yield
+        return
+    done = threading.Event()
+    terminal = sys.stderr.isatty()
+
+    def show() -> None:
+        started_s = time.monotonic()
+        while not done.wait(1.0 if terminal else 10.0):
+            if (loop := progress.loop) is None:
+                continue
+            elapsed_s = time.monotonic() - started_s
+            line = (
+                f"speedbench: {loop.n_done}/{progress.n_rows} conversations, {loop.n_tokens} "
+                f"tokens, {elapsed_s:.0f} s"
+            )
+            print(
+                f"\r{line}" if terminal else line,
+                end="" if terminal else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    thread = threading.Thread(target=show, name="speedbench-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        if terminal:
+            print(file=sys.stderr)
+
+
+# ---------------------------------------------------------------- report
+
+
+def _report(argv: list[str], prog: str) -> int:
+    parser = _Parser(prog=prog, description="Report one stored run, or a baseline and a run.")
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories")
+    parser.add_argument(
+        "--format", choices=("console", "markdown", "json"), default="console", help="what to print"
+    )
+    given = parser.parse(argv)
+    _print_report([Path(run) for run in given.runs], given.format)
+    return OK
+
+
+def _print_report(directories: Sequence[Path], form: str) -> None:
+    from speedbench import store
+    from speedbench.report.summary import summarize
+
+    print(summarize(store.load(directories[0])))
+
+
+def _calibrate(argv: list[str], prog: str) -> int:
+    raise NotImplementedError

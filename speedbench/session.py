@@ -1,0 +1,448 @@
+"""One run, from a configuration to a run directory: the only place where engine, loop and store
+meet. Prints nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from speedbench import datasets, environment, prompts, store
+from speedbench.config import RunConfig
+from speedbench.loop import Loop, LoopEnd
+from speedbench.types import (
+    Conversation,
+    Engine,
+    EngineInfo,
+    FinishReason,
+    Prompt,
+    PromptRefusedError,
+    Sampling,
+    UserError,
+)
+
+WARMUP_TOKENS = 32
+"""Tokens per warm-up request, at most: enough for every code path of a decode step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run's input, complete before any engine starts.
+
+    prompts      (conversation id, turn) -> prompt, of all first turns, and of all turns where
+                 the history is frozen
+    fingerprint  sha256 over those
+    """
+
+    dataset: datasets.Dataset
+    rows: tuple[Conversation, ...]
+    encoder: prompts.PromptEncoder | None
+    prompts: Mapping[tuple[str, int], Prompt]
+    fingerprint: str
+    all_turns: bool
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def expected(self) -> Counter[str]:
+        return Counter(row.category for row in self.rows)
+
+    def longest(self) -> int:
+        return max(len(prompt.token_ids) for prompt in self.prompts.values())
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read, select and encode what will be asked. Raises UserError."""
+    needs_text = config.dataset != "random"
+    has_tokenizer = config.tokenizer is not None or config.model_dir is not None
+    if needs_text and not has_tokenizer:
+        raise UserError(
+            f"--dataset {config.dataset} is text and needs a tokenizer: add --model_dir or "
+            "--tokenizer"
+        )
+    encoder = prompts.PromptEncoder(config) if has_tokenizer else None
+    vocabulary: Sequence[int] = encoder.ordinary_token_ids if encoder else range(1000)
+    dataset = datasets.load(config, vocabulary)
+    rows = datasets.select(dataset, config)
+    encoded: dict[tuple[str, int], list[int]]
+    if config.history == "frozen":
+        replies = _frozen_replies(config)
+        rows = _with_replies(rows, replies, config)
+        all_turns = _need(encoder).encode_all_turns_frozen(rows, replies)
+        encoded = {
+            (row.id, turn): ids
+            for row, turns in zip(rows, all_turns, strict=True)
+            for turn, ids in enumerate(turns)
+        }
+    elif encoder is not None:
+        first = encoder.encode_first_turns(rows)
+        encoded = {(row.id, 0): ids for row, ids in zip(rows, first, strict=True)}
+    else:
+        encoded = {(row.id, 0): list(row.token_turns[0]) for row in rows}
+    hashed = {
+        key: Prompt(ids, prompts.turn_sha256(key[0], key[1], ids)) for key, ids in encoded.items()
+    }
+    return Prepared(
+        dataset,
+        rows,
+        encoder,
+        hashed,
+        prompts.fingerprint({key: prompt.sha256 for key, prompt in hashed.items()}),
+        config.history == "frozen" or all(row.n_turns == 1 for row in rows),
+        encoder.eos_token_ids if encoder else (),
+    )
+
+
+def _need(encoder: prompts.PromptEncoder | None) -> prompts.PromptEncoder:
+    if encoder is None:
+        raise UserError("a frozen history is text and needs a tokenizer: add --tokenizer")
+    return encoder
+
+
+def _frozen_replies(config: RunConfig) -> Mapping[str, tuple[str, ...]]:
+    """Earlier replies as text, from a JSONL file or from the stored outputs of a run."""
+    source = Path(config.history_from or "")
+    if not source.is_dir():
+        return prompts.read_history(source)
+    run = store.load(source)
+    told = run.manifest["config"]
+    encoder = prompts.PromptEncoder(
+        config.model_copy(update={"tokenizer": told["tokenizer"] or told["model_dir"]})
+    )
+    replies: dict[str, dict[int, str]] = {}
+    turns = run.turns.take(run.used)
+    for name, turn, reason, ids in zip(
+        turns["conversation_id"].to_pylist(),
+        turns["turn"].to_pylist(),
+        turns["finish_reason"].to_pylist(),
+        turns["output_token_ids"].to_pylist(),
+        strict=True,
+    ):
+        if reason not in store.FAILED:
+            replies.setdefault(name, {})[turn] = encoder.reply_text(ids)
+    return {name: tuple(by[t] for t in sorted(by)) for name, by in replies.items()}
+
+
+def _with_replies(
+    rows: Sequence[Conversation], replies: Mapping[str, Sequence[str]], config: RunConfig
+) -> tuple[Conversation, ...]:
+    """All rows, checked to have a reply for every turn but the last."""
+    short = [row.id for row in rows if len(replies.get(row.id, ())) < row.n_turns - 1]
+    if short:
+        raise UserError(
+            f"--history_from {config.history_from} lacks replies for {len(short)} row(s), first "
+            f"{short[0]!r}: give a source that holds every turn, or leave those rows out"
+        )
+    return tuple(rows)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass(slots=True)  # mutable: what a progress display reads while the run goes on
+class Progress:
+    n_rows: int = 0
+    loop: Loop | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a run goes: a new directory, or one whose committed conversations are kept."""
+
+    directory: Path
+    done: frozenset[str] = frozenset()
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def session(self) -> int:
+        return len(self.manifest.get("sessions", []))
+
+
+def resumed_target(directory: Path, config: RunConfig, prepared: Prepared) -> Target:
+    """Continue a stored run. Raises UserError, naming the field, if it measured something else."""
+    manifest = store.read_manifest(directory)
+    for name, was, now in (
+        ("dataset", manifest["dataset"]["sha256"], prepared.dataset.sha256),
+        ("prompts", manifest["prompts"]["fingerprint"], prepared.fingerprint),
+    ):
+        if was != now:
+            raise UserError(
+                f"the {name} of {directory} had sha256 {was[:12]}, it is {now[:12]} now: restore "
+                "the files it was measured on, or start a new run"
+            )
+    done = {name for name, ok in store.committed(directory).items() if ok}
+    return Target(directory, frozenset(done), manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a measurement ended, for whoever talks to the user."""
+
+    end: LoopEnd
+    n_rows: int
+    n_committed: int
+    n_failed: int
+
+
+def measure(
+    config: RunConfig,
+    prepared: Prepared,
+    engine: Engine,
+    target: Target,
+    *,
+    argv: Sequence[str] = (),
+    stop: Callable[[], str | None] = lambda: None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Measure what is not yet committed, into the target's directory.
+
+    `stop` is asked between steps and returns why to stop. Raises UserError if nothing can be
+    measured or nothing more can be stored; what was committed stays.
+    """
+    info = engine.describe()
+    _same_engine(info, target)
+    sampling = config.sampling(prepared.stop_token_ids)
+    rows, refused = _within_limit(config, prepared, info)
+    rows = [row for row in rows if row.id not in target.done]
+    clock: Callable[[], int] = getattr(engine, "now_ns", time.monotonic_ns)
+    if not target.manifest:
+        store.create(target.directory)
+    with store.locked(target.directory):
+        manifest = _manifest(config, prepared, info, refused, target, argv)
+        session: dict[str, Any] = {
+            "session": target.session,
+            "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started_ns": clock(),
+            "ended_ns": None,
+        }
+        manifest["sessions"].append(session)
+        store.write_manifest(target.directory, manifest)
+        _warm_up(config, prepared, engine, sampling, clock, stop)
+        before = engine.counters()
+        writer = store.Writer(target.directory, target.session)
+        failed: list[str] = []
+        loop = Loop(
+            engine,
+            _prompt_source(config, prepared, info),
+            sampling,
+            output_length=config.output_length,
+            concurrency=config.concurrency,
+            id_prefix=f"s{target.session}-",
+            commit=_noting_failures(writer, failed),
+            stop=_first_of(_deadline(config.max_duration), lambda: _broken(writer), stop),
+            clock=clock,
+        )
+        if progress is not None:
+            progress.n_rows, progress.loop = len(rows), loop
+        end = loop.run(rows)
+        try:
+            writer.close()
+        finally:
+            after = engine.counters()
+            session.update(
+                started_ns=end.started_ns,
+                ended_ns=end.ended_ns,
+                end=end.reason,
+                message=end.message,
+                n_uncommitted=end.n_uncommitted,
+                n_uncommitted_tokens=end.n_uncommitted_tokens,
+                n_stray_steps=end.n_stray_steps,
+                counters=None
+                if before is None or after is None
+                else dataclasses.asdict(after.since(before)),
+            )
+            manifest["status"] = {
+                "finished": "complete",
+                "stopped": "partial",
+                "engine died": "failed",
+            }[end.reason if writer.failure is None else "engine died"]
+            store.write_manifest(target.directory, manifest)
+    return Outcome(end, len(rows), loop.n_done, len(failed))
+
+
+def _same_engine(info: EngineInfo, target: Target) -> None:
+    """A resumed run must go on with the engine it began with."""
+    was = target.manifest.get("engine")
+    if was is None:
+        return
+    now = _plain(dataclasses.asdict(info))
+    for name, value in now.items():
+        if was.get(name) != value:
+            raise UserError(
+                f"{target.directory} was measured with {name} = {was.get(name)!r}, the engine now "
+                f"says {value!r}: resume on the same engine and machine, or start a new run"
+            )
+
+
+def _within_limit(
+    config: RunConfig, prepared: Prepared, info: EngineInfo
+) -> tuple[list[Conversation], list[dict[str, Any]]]:
+    """Rows whose known prompts leave room for the output, and a record of each that is refused."""
+    rows, refused = [], []
+    for row in prepared.rows:
+        lengths = [
+            len(prepared.prompts[row.id, turn].token_ids)
+            for turn in range(row.n_turns)
+            if (row.id, turn) in prepared.prompts
+        ]
+        if reason := _too_long(max(lengths), config.output_length, info.max_seq_len):
+            refused.append(
+                {
+                    "id": row.id,
+                    "category": row.category,
+                    "n_prompt_tokens": max(lengths),
+                    "reason": reason,
+                }
+            )
+        else:
+            rows.append(row)
+    if not rows:
+        raise UserError(
+            f"all {len(refused)} rows are too long, the first because {refused[0]['reason']}: "
+            "lower --output_length, or raise --max_seq_len as far as the model allows"
+        )
+    return rows, refused
+
+
+def _too_long(n_prompt: int, output_length: int, limit: int | None) -> str:
+    if limit is None or n_prompt + output_length <= limit:
+        return ""
+    return (
+        f"its prompt of {n_prompt} tokens and an output of {output_length} exceed the engine's "
+        f"limit of {limit}"
+    )
+
+
+def _prompt_source(
+    config: RunConfig, prepared: Prepared, info: EngineInfo
+) -> Callable[[Conversation, int, Sequence[Sequence[int]]], Prompt]:
+    """First (or frozen) turns from memory; a live later turn is encoded when it is asked for."""
+
+    def prompt_for(row: Conversation, turn: int, replies: Sequence[Sequence[int]]) -> Prompt:
+        known = prepared.prompts.get((row.id, turn))
+        if known is not None:
+            return known
+        ids = _later_turn(prepared, row, turn, replies)
+        if reason := _too_long(len(ids), config.output_length, info.max_seq_len):
+            raise PromptRefusedError(f"turn {turn} was refused: {reason}")
+        return Prompt(ids, prompts.turn_sha256(row.id, turn, ids))
+
+    return prompt_for
+
+
+def _later_turn(
+    prepared: Prepared, row: Conversation, turn: int, replies: Sequence[Sequence[int]]
+) -> list[int]:
+    if row.token_turns or prepared.encoder is None:
+        return list(row.token_turns[turn])
+    return prepared.encoder.encode_turn(row, turn, replies)
+
+
+def _warm_up(
+    config: RunConfig,
+    prepared: Prepared,
+    engine: Engine,
+    sampling: Sampling,
+    clock: Callable[[], int],
+    stop: Callable[[], str | None],
+) -> None:
+    """Requests that are not measured: first prompts backwards, so that no cache or n-gram table
+    of the engine learns anything of use."""
+    firsts = [prepared.prompts[row.id, 0].token_ids for row in prepared.rows]
+    rows = [
+        Conversation(
+            f"warmup-{i}", "warmup", token_turns=(tuple(reversed(firsts[i % len(firsts)])),)
+        )
+        for i in range(config.n_warmup)
+    ]
+    limit = engine.describe().max_seq_len
+    output_length = min(config.output_length, WARMUP_TOKENS)
+    rows = [r for r in rows if not _too_long(len(r.token_turns[0]), output_length, limit)]
+    Loop(
+        engine,
+        lambda row, turn, _replies: Prompt(row.token_turns[turn], ""),
+        dataclasses.replace(sampling, stop_token_ids=()),
+        output_length=output_length,
+        concurrency=config.concurrency,
+        id_prefix="w-",
+        commit=lambda _record: None,
+        stop=stop,
+        clock=clock,
+    ).run(rows)
+
+
+def _noting_failures(writer: store.Writer, failed: list[str]) -> Callable[..., None]:
+    bad: tuple[FinishReason, ...] = ("error", "refused")
+
+    def commit(record: Any) -> None:
+        if any(turn.finish_reason in bad for turn in record.turns):
+            failed.append(record.conversation_id)
+        writer.commit(record)
+
+    return commit
+
+
+def _deadline(max_duration_s: float | None) -> Callable[[], str | None]:
+    end_s = None if max_duration_s is None else time.monotonic() + max_duration_s
+
+    def check() -> str | None:
+        if end_s is not None and time.monotonic() > end_s:
+            return f"--max_duration of {max_duration_s:g} s was reached"
+        return None
+
+    return check
+
+
+def _broken(writer: store.Writer) -> str | None:
+    return None if writer.failure is None else f"storing failed: {writer.failure}"
+
+
+def _first_of(*checks: Callable[[], str | None]) -> Callable[[], str | None]:
+    def check() -> str | None:
+        return next((why for c in checks if (why := c()) is not None), None)
+
+    return check
+
+
+def _manifest(
+    config: RunConfig,
+    prepared: Prepared,
+    info: EngineInfo,
+    refused: Sequence[Mapping[str, Any]],
+    target: Target,
+    argv: Sequence[str],
+) -> dict[str, Any]:
+    return {
+        "format": store.FORMAT,
+        "status": "running",
+        "config": environment.redact(config.model_dump(mode="json")),
+        "engine": _plain(dataclasses.asdict(info)),
+        "dataset": {
+            "name": prepared.dataset.name,
+            "path": prepared.dataset.path,
+            "sha256": prepared.dataset.sha256,
+            "expected": dict(sorted(prepared.expected.items())),
+        },
+        "prompts": {
+            "fingerprint": prepared.fingerprint,
+            "turns": "all" if prepared.all_turns else "first",
+            "n_prompts": len(prepared.prompts),
+            "tokenizer": config.tokenizer or config.model_dir,
+        },
+        "refused": list(refused),
+        "environment": environment.capture(argv, (config.model_dir, config.draft_model_dir)),
+        "sessions": [dict(s) for s in target.manifest.get("sessions", [])],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able: mappings and tuples become dicts and lists, anything odd its text."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
