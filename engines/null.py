@@ -44,6 +44,7 @@ class NullEngine:
 
     algorithms: Sequence[Algorithm] = ("DRAFT_TARGET", "NONE")
     flag_of: Mapping[str, str] = {}
+    calibration_args: Mapping[Algorithm, Mapping[str, object]] = {}
 
     def __init__(self, settings: EngineSettings) -> None:
         for name in settings.engine_args:

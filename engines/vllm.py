@@ -93,6 +93,10 @@ class VllmEngine:
         "trust_remote_code": "trust_remote_code",
     }
 
+    calibration_args: Mapping[Algorithm, Mapping[str, object]] = {
+        "NGRAM": {"speculative_config": {"prompt_lookup_min": 2, "prompt_lookup_max": 3}}
+    }
+
     def __init__(self, settings: EngineSettings) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -345,14 +349,12 @@ class VllmEngine:
         }
         if spec is not None:
             settings["speculative_method"] = spec.method
-            for name in (
-                "prompt_lookup_min",
-                "prompt_lookup_max",
-                "draft_sample_method",
-                "rejection_sample_method",
-            ):
+            if spec.method == "ngram":
+                settings["ngram_min"] = spec.prompt_lookup_min
+                settings["ngram_max"] = spec.prompt_lookup_max
+            for name in ("draft_sample_method", "rejection_sample_method"):
                 if (value := getattr(spec, name, None)) is not None:
-                    settings[name] = str(value) if not isinstance(value, int) else value
+                    settings[name] = str(value)
         return EngineInfo(
             name="VLLM",
             version=self.version,

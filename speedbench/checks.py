@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from speedbench import metrics
+from speedbench.columns import Columns
 from speedbench.store import Run, expected_conversations
 
 
@@ -95,6 +96,11 @@ def _completeness(run: Run) -> Iterator[Check]:
             f"{len(refused)} row(s) were refused before the start, first {refused[0]['id']!r}: "
             f"{refused[0]['reason']}"
         )
+    strays = sum(s.get("n_stray_steps") or 0 for s in manifest["sessions"])
+    if strays:
+        yield _warning(
+            f"{strays} step(s) came for requests that were not in flight; they are in no number"
+        )
     missing = sum(expected_conversations(run).values()) - len(columns.conversation_ids)
     if missing - len(refused) > 0:
         yield _warning(f"{missing - len(refused)} conversation(s) have not been measured yet")
@@ -103,7 +109,8 @@ def _completeness(run: Run) -> Iterator[Check]:
 def _steps(run: Run) -> Iterator[Check]:
     columns, k = run.columns, int(run.manifest["engine"]["draft_length"])
     counts = metrics.acceptance(columns, k)
-    too_long = int(((columns.n_tokens > k + 1) & (columns.engine_steps == 1)).sum())
+    width = np.maximum(columns.n_tokens, columns.accepted + 1)
+    too_long = int(((width > k + 1) & (columns.engine_steps == 1)).sum())
     if too_long:
         yield _error(
             f"{too_long} step(s) hold more than K+1 = {k + 1} tokens: the engine merged events, or "
@@ -123,17 +130,32 @@ def _steps(run: Run) -> Iterator[Check]:
         )
     if (columns.n_tokens < 1).any():
         yield _error(f"{int((columns.n_tokens < 1).sum())} step(s) hold no token")
-    told = (columns.drafted > 0) & (columns.accepted >= 0) & ~columns.is_last() & (columns.step > 0)
-    wrong = told & (columns.accepted + 1 != columns.n_tokens) & (columns.engine_steps == 1)
+    yield from _told(columns)
+    yield from _outputs(run)
+    if counts.n_decode != int((counts.whole + counts.cut).sum()):
+        yield _error("the histogram does not sum to the number of decode steps")
+    yield from _clock(run)
+
+
+def _told(columns: Columns) -> Iterator[Check]:
+    """What the engine tells of a step beside what the step shows; only a last step shows less."""
+    exact = (columns.step > 0) & (columns.engine_steps == 1)
+    told = exact & (columns.drafted > 0) & (columns.accepted >= 0)
+    said = columns.accepted + 1
+    wrong = told & np.where(columns.is_last(), said < columns.n_tokens, said != columns.n_tokens)
     if wrong.any():
         yield _error(
             f"{int(wrong.sum())} step(s) show another number of tokens than the engine says it "
             "accepted"
         )
-    yield from _outputs(run)
-    if counts.n_decode != int((counts.whole + counts.cut).sum()):
-        yield _error("the histogram does not sum to the number of decode steps")
-    yield from _clock(run)
+    beyond = (
+        exact & (columns.drafted >= 0) & (np.maximum(columns.n_tokens, said) > columns.drafted + 1)
+    )
+    if beyond.any():
+        yield _error(
+            f"{int(beyond.sum())} step(s) hold more tokens than were drafted and one more: what "
+            "the engine says of its drafts is not to be trusted"
+        )
 
 
 def _outputs(run: Run) -> Iterator[Check]:
@@ -164,10 +186,9 @@ def _clock(run: Run) -> Iterator[Check]:
             "throughput are not to be trusted"
         )
     k = int(run.manifest["engine"]["draft_length"])
-    timing = metrics.timing(columns)
     n_steps = last - first
     one = n_steps == 0
-    if len(timing.user_tps) and not one.all() and (columns.engine_steps == 1).all():
+    if not one.all() and (columns.engine_steps == 1).all():
         decode_s = (columns.time_ns[last] - columns.time_ns[first]) / 1e9
         tokens = np.add.reduceat(columns.n_tokens, first) - columns.n_tokens[first]
         if (tokens > n_steps * (k + 1)).any():
@@ -181,12 +202,16 @@ def _counters(run: Run) -> Iterator[Check]:
     sessions = run.manifest["sessions"]
     counters = [s.get("counters") for s in sessions]
     columns, k = run.columns, int(run.manifest["engine"]["draft_length"])
-    if k == 0 or not counters or None in counters:
+    if k == 0 or not counters:
         return
-    if any(s.get("n_uncommitted") for s in sessions) or columns.failed.any() or run.n_retried:
+    if None in counters:
+        yield _note("the engine's own counters are not stored: nothing to reconcile the steps with")
+        return
+    lost = any(s.get("n_uncommitted") or s.get("n_stray_steps") for s in sessions) or run.damage
+    if lost or columns.failed.any() or run.n_retried:
         yield _note(
-            "the engine's counters hold requests that are not in the records (failed, or cut off "
-            "by the end of the run): they cannot be reconciled"
+            "the engine's counters hold steps that are not in the records (of requests that "
+            "failed or were cut off, or of unreadable parts): they cannot be reconciled"
         )
         return
     books = reconcile(run)
@@ -204,8 +229,9 @@ def _counters(run: Run) -> Iterator[Check]:
         )
     if not books["exact"]:
         yield _note(
-            f"{books['untold']} step(s) are not told to be verify or plain, or their cut is not "
-            "known: the engine's counters are reconciled within these bounds only"
+            f"the engine's counters are reconciled within bounds only: {books['untold']} step(s) "
+            f"are not told to be verify or plain, or how much was cut from them, and "
+            f"{books['merged']} event(s) may merge steps"
         )
 
 
@@ -224,7 +250,12 @@ def reconcile(run: Run) -> Mapping[str, Any]:
     last = columns.is_last()
     told = columns.accepted >= 0
     cut = int((columns.accepted - (columns.n_tokens - 1))[verify & last & told].sum())
-    open_cut = int((k + 1 - columns.n_tokens)[(verify | untold) & last & ~told].sum())
+    room = metrics.room_left(columns, k)
+    cut_open = (verify | untold) & last & ~told & (room > 0)
+    # A merged event of n tokens stands for 1 to n steps, drafted or not: 0 to n - 1 accepted.
+    merged = int((columns.n_tokens - 1)[kinds == metrics.MERGED].clip(0).sum())
+    n_merged = int(columns.n_tokens[kinds == metrics.MERGED].sum())
+    open_cut = int(room[cut_open].sum()) + merged
     phantom = int(((columns.step == 0) & (columns.drafted > 0)).sum())
     accepted = int((columns.n_tokens - 1)[decode].sum())
     n_untold = int(untold.sum())
@@ -241,10 +272,13 @@ def reconcile(run: Run) -> Mapping[str, Any]:
         "decode": int(decode.sum()),
         "plain": int(plain.sum()),
         "phantom": phantom,
-        "untold": n_untold + int(((verify | untold) & last & ~told).sum()),
-        "exact": n_untold == 0 and open_cut == 0 and n_phantom_open == 0,
+        "untold": int((untold | cut_open).sum()),
+        "merged": int((kinds == metrics.MERGED).sum()),
+        "exact": n_untold == 0 and open_cut == 0 and n_phantom_open == 0 and n_merged == 0,
         "unexplained_accepted": _outside(counter_accepted - accepted - cut, 0, open_cut),
-        "unexplained_drafts": _outside(counter_drafts - drafts, -n_untold, n_phantom_open),
+        "unexplained_drafts": _outside(
+            counter_drafts - drafts, -n_untold, n_phantom_open + n_merged
+        ),
     }
 
 
@@ -256,23 +290,26 @@ def _outside(value: int, low: int, high: int) -> int:
 def _rates(run: Run) -> Iterator[Check]:
     k = int(run.manifest["engine"]["draft_length"])
     counts = metrics.acceptance(run.columns, k)
-    whole = counts.whole_verify.sum(axis=0) if counts.n_verify else counts.whole.sum(axis=0)
-    cut = counts.cut_verify.sum(axis=0) if counts.n_verify else counts.cut.sum(axis=0)
-    rates = metrics.conditional_rates(whole, cut)
-    later = rates[1:][~np.isnan(rates[1:])]
-    if len(later) and whole.sum() >= 100 and rates[0] < 0.5 * later.min():
-        yield _warning(
-            f"position 1 is accepted at {rates[0]:.3f}, later positions at {later.min():.3f} or "
-            "more: a drafter is rarely that wrong only at its first token; look for a "
-            "misconfigured engine (shifted positions, a wrong head, dropped arguments)"
-        )
-    if (
-        k
-        and counts.n_decode
-        and counts.n_verify + counts.n_plain == counts.n_decode
-        and (counts.n_verify == 0)
-    ):
-        yield _error("speculation was asked for, but not one draft was checked")
+    # Where an n-gram miss looks like a rejected draft, a low first position is no fault.
+    lookup = run.manifest["config"]["speculative_algorithm"] in ("NGRAM", "SUFFIX")
+    if lookup and not counts.told_apart:
+        return
+    shown = (counts.whole_verify if counts.told_apart else counts.whole).sum(axis=0)
+    shown = shown + (counts.cut_verify if counts.told_apart else counts.cut).sum(axis=0)
+    # Cut steps as they look will do here; later positions are pooled, for each alone may be rare.
+    reached = np.cumsum(shown[::-1])[::-1]
+    tried, passed = int(reached[2:-1].sum()), int(reached[3:].sum())
+    if k > 1 and reached[1] >= 100 and tried >= 10:
+        first, later = reached[2] / reached[1], passed / tried
+        if first < 0.5 * later:
+            yield _warning(
+                f"position 1 is accepted at {first:.3f}, later positions at {later:.3f}: a drafter "
+                "is rarely that wrong only at its first token; look for a misconfigured engine "
+                "(shifted positions, a wrong head, dropped arguments)"
+            )
+    if k and counts.n_decode and counts.told_apart and counts.n_verify == 0:
+        told = "speculation was asked for, but not one draft was checked"
+        yield _warning(f"{told}: the lookup never hit") if lookup else _error(told)
 
 
 def _closed_form(run: Run) -> Iterator[Check]:

@@ -368,6 +368,14 @@ def _directory(config: RunConfig) -> Path:
 
 def _add_known_answer(config: RunConfig, prepared: Prepared, directory: Path) -> None:
     """For a calibration checkpoint: hold the records against the closed form, and store that."""
+    if config.model_dir is None or config.engine == "NULL":
+        return
+    from speedbench import calibrate, store
+
+    found = calibrate.known_answer(directory, prepared)
+    if found is not None:
+        manifest = store.read_manifest(directory)
+        store.write_manifest(directory, {**manifest, "known_answer": found})
 
 
 def _say(text: str, config: RunConfig) -> None:
@@ -479,5 +487,96 @@ def _print_report(directories: Sequence[Path], form: str) -> None:
     print(summarize(store.load(directories[0])))
 
 
+# ---------------------------------------------------------------- calibrate
+
+
 def _calibrate(argv: list[str], prog: str) -> int:
-    raise NotImplementedError
+    parser = _Parser(
+        prog=prog,
+        description="Run checkpoints whose every step is known through a real engine, and compare.",
+    )
+    parser.add_argument("--engine", default="VLLM", help="engine to prove (default: VLLM)")
+    parser.add_argument(
+        "--algorithm", default="all", help="NONE, DRAFT_TARGET, NGRAM, comma-separated, or all"
+    )
+    parser.add_argument("--draft_length", default="1,3,5", metavar="K,K", help="default: 1,3,5")
+    parser.add_argument("--concurrency", default="1,8,64", metavar="N,N", help="default: 1,8,64")
+    parser.add_argument("--output_length", default="5,20,128", metavar="N,N", help="5,20,128")
+    parser.add_argument("--tp_size", default="1", metavar="N", help="tensor parallel size")
+    parser.add_argument("--runtime_params", metavar="FILE", help="YAML with engine_args")
+    parser.add_argument("--save_dir", metavar="DIR", help="default: runs/<time>-calibrate-<engine>")
+    parser.add_argument(
+        "--build_only", action="store_true", help="write the checkpoints to --save_dir and stop"
+    )
+    given = parser.parse(argv)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = _known_engine(given.engine)
+    directory = Path(given.save_dir or f"runs/{stamp}-calibrate-{name.lower()}")
+    if given.build_only:
+        from speedbench.calibration import checkpoints
+
+        checkpoints.build(directory)
+        print(f"calibration checkpoints: {directory}")
+        return OK
+    with _signals():
+        return _print_verdicts(name, given, directory)
+
+
+def _print_verdicts(engine: str, given: argparse.Namespace, directory: Path) -> int:
+    """Run the cases; print a line as each is judged, and at the end how many were exact."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    import engines
+    from speedbench import calibrate
+    from speedbench.calibration.closed_form import ALGORITHMS
+
+    adapter = engines.adapter(engine)
+    wanted = list(ALGORITHMS) if given.algorithm == "all" else given.algorithm.upper().split(",")
+    for algorithm in wanted:
+        if algorithm not in ALGORITHMS:
+            raise UserError(
+                f"--algorithm is '{algorithm}': known answers exist for {', '.join(ALGORITHMS)}"
+            )
+    supported = [a for a in wanted if a in adapter.algorithms]
+    cases = list(
+        calibrate.engine_cases(
+            supported,
+            _numbers("--draft_length", given.draft_length),
+            _numbers("--concurrency", given.concurrency),
+            _numbers("--output_length", given.output_length),
+        )
+    )
+    base = {
+        "engine": engine,
+        "tp_size": _numbers("--tp_size", given.tp_size)[0],
+        **_merged_with_file({}, given.runtime_params, {}),
+    }
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{'case':<42}{'requests':>9}{'steps':>8}  verdict[/bold]")
+    n_wrong = n = 0
+    for cell in calibrate.calibrate(base, cases, directory, adapter, adapter.calibration_args):
+        found = cell.verdict
+        n += 1
+        n_wrong += not found.ok
+        kind = "exact" if cell.config.temperature == 0 else "within its interval"
+        word = f"[green]{kind}[/green]" if found.ok else f"[red]FAULT: {found.fault}[/red]"
+        console.print(f"{cell.directory.name:<42}{found.n_requests:>9}{found.n_steps:>8}  {word}")
+        if not found.ok or cell.config.temperature:
+            console.print(f"    {escape(found.sentence)}")
+    for algorithm in wanted:
+        if algorithm not in supported:
+            console.print(f"{algorithm.lower():<42}{'':>17}  not on this engine")
+    console.print(f"\n{n - n_wrong} of {n} cases are as computed. Records: {directory}/runs")
+    return FAILED if n_wrong else OK
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    """'1,8,64' -> [1, 8, 64]."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{flag} is '{text}': expected whole numbers from 1, comma-separated")
+    return numbers

@@ -51,12 +51,12 @@ class Columns:
 
     def first_and_last(self) -> tuple[Ints, Ints]:
         """Indices (S) of each request's first and last step, for requests that have any: (R',)."""
-        first = np.flatnonzero(self.step == 0)
-        last = np.append(first[1:], len(self.step)) - 1
-        return first, last
+        new = np.diff(self.request, prepend=-1) != 0
+        ends = np.diff(self.request, append=-1) != 0
+        return np.flatnonzero(new), np.flatnonzero(ends)
 
     def is_last(self) -> Bools:
         """(S,) True on each request's last step."""
         flags = np.zeros(len(self.step), bool)
-        flags[self.first_and_last()[1]] = len(self.step) > 0
+        flags[self.first_and_last()[1]] = True
         return flags

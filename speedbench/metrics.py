@@ -21,15 +21,15 @@ AL_NAMES = ("al", "al_step", "al_conversation", "al_drafted", "al_specdec_bench"
 def step_kinds(columns: Columns, draft_length: int) -> Ints:
     """(S,) the kind of every step.
 
-    An event that merges engine steps, or may, or that is longer than a step can be
-    (n > K+1), is MERGED: it never enters a histogram as one step.
+    An event that merges engine steps, or may, or that shows or claims more than a step can hold
+    (K+1 tokens), is MERGED: it never enters a histogram as one step.
     """
     kind = np.select(
         [columns.step == 0, columns.drafted > 0, columns.drafted == 0],
         [PREFILL, VERIFY, PLAIN],
         DECODE,
     )
-    too_long = columns.n_tokens > draft_length + 1
+    too_long = np.maximum(columns.n_tokens, columns.accepted + 1) > draft_length + 1
     return np.where((columns.engine_steps != 1) | too_long, MERGED, kind)
 
 
@@ -38,12 +38,19 @@ def step_lengths(columns: Columns, kinds: Ints, draft_length: int) -> tuple[Ints
 
     A verify step whose accepted count the engine tells has length accepted + 1, whatever the
     end of the request cut from it. Otherwise the length is what it shows, and a request's last
-    step of fewer than K+1 tokens is censored: the engine may have accepted more.
+    step is censored if it shows fewer tokens than were drafted plus one (K + 1 where the engine
+    does not tell how many were): the engine may have accepted more.
     """
     told = (kinds == VERIFY) & (columns.accepted >= 0)
     length = np.where(told, columns.accepted + 1, columns.n_tokens)
     could_be_cut = ((kinds == VERIFY) | (kinds == DECODE)) & ~told
-    return length, could_be_cut & columns.is_last() & (columns.n_tokens < draft_length + 1)
+    return length, could_be_cut & columns.is_last() & (room_left(columns, draft_length) > 0)
+
+
+def room_left(columns: Columns, draft_length: int) -> Ints:
+    """(S,) how many more tokens each step could have held, by what was drafted (K if not told)."""
+    drafted = np.where(columns.drafted > 0, columns.drafted, draft_length)
+    return drafted + 1 - columns.n_tokens
 
 
 def count_lengths(
@@ -71,11 +78,9 @@ def conditional_rates(whole: Floats | Ints, cut: Floats | Ints) -> Floats:
     Of the r_k steps known to have reached position k (length >= k, or cut beyond k), d_k ended
     there: rate 1 - d_k / r_k; NaN where r_k is 0. (Kaplan & Meier 1958, JASA 53:457-481.)
     """
-    reached = np.cumsum(whole[..., ::-1], axis=-1)[..., ::-1]
-    beyond = np.cumsum(cut[..., ::-1], axis=-1)[..., ::-1]
-    ended = np.asarray(whole, float)[..., 1:-1]
-    at_risk = np.asarray(reached[..., 1:-1] + beyond[..., 2:], float)
-    return _ratio(at_risk - ended, at_risk)
+    survived = np.cumsum((whole + cut)[..., ::-1], axis=-1)[..., ::-1][..., 2:]
+    # r_k - d_k is summed, not subtracted: with resampling weights it must still be exactly 0.
+    return _ratio(survived, survived + whole[..., 1:-1])
 
 
 def joint_rates(rates: Floats) -> Floats:
@@ -103,7 +108,8 @@ def published_rates(histogram: Ints) -> Floats:
     """(K,) conditional rates the way SPEED-Bench's console counts, from steps by length (K+2,).
 
     Every step as it looks, prefill and cut-off steps included: the ratio of the shares of steps
-    that reach k+1 and k tokens. NaN where no step reaches k.
+    that reach k+1 and k tokens. NaN where no step reaches k. (The shares are rounded before the
+    ratio is, as theirs are: the same 16 digits.)
     """
     total = histogram.sum()
     share = np.cumsum(histogram[::-1])[::-1] / total if total else np.zeros(len(histogram))
@@ -121,7 +127,7 @@ class Acceptance:
     mean_all     (C',) mean tokens of all events as they look, prefill and merged ones included
     n_verify, n_plain, n_decode  steps of each kind (n_decode: verify, plain and untold)
     n_merged, n_events  events left out of every histogram, and all events
-    as_published (K+2,) every event as it looks, prefill included, up to length K+1
+    as_published (K+2 or more,) every event as it looks, by tokens: prefill, cut and merged ones too
     """
 
     n_categories: int
@@ -138,6 +144,11 @@ class Acceptance:
     n_merged: int
     n_events: int
     as_published: Ints
+
+    @property
+    def told_apart(self) -> bool:
+        """The engine told of every decode step whether a draft was checked in it."""
+        return self.n_verify + self.n_plain == self.n_decode
 
 
 def acceptance(columns: Columns, draft_length: int) -> Acceptance:
@@ -159,7 +170,6 @@ def acceptance(columns: Columns, draft_length: int) -> Acceptance:
     whole, cut = count(decode)
     whole_verify, cut_verify = count(verify)
     lengths = np.arange(draft_length + 2)
-    short = keep & (columns.n_tokens <= draft_length + 1)
     return Acceptance(
         n_categories=len(columns.categories),
         category=columns.category[measured],
@@ -177,7 +187,7 @@ def acceptance(columns: Columns, draft_length: int) -> Acceptance:
         n_decode=int(decode.sum()),
         n_merged=int((keep & (kinds == MERGED)).sum()),
         n_events=int(keep.sum()),
-        as_published=np.bincount(columns.n_tokens[short], minlength=draft_length + 2),
+        as_published=np.bincount(columns.n_tokens[keep], minlength=draft_length + 2),
     )
 
 
@@ -215,6 +225,8 @@ def acceptance_lengths(counts: Acceptance, weights: Floats) -> dict[str, Accepta
         uncut[:, g] = _weighted_mean(counts.mean_uncut[members], w)
         everything[:, g] = _weighted_mean(counts.mean_all[members], w)
     by_category = acceptance_length(sums["whole"], sums["cut"])
+    if not counts.told_apart:  # those told to be verify steps are not all of them
+        sums["whole_verify"][:] = sums["cut_verify"][:] = 0
     drafted = acceptance_length(sums["whole_verify"], sums["cut_verify"])
     present = np.isin(np.arange(n), counts.category)  # categories with a measured conversation
 
@@ -246,8 +258,8 @@ def _weighted_mean(values: Floats, weights: Floats) -> Floats:
 class Timing:
     """Seconds and rates. Of requests (R',) that ended well; of gaps (G,) between their steps.
 
-    User TPS exists only for requests with more than one step; `step_time_s` leaves out gaps that
-    end in a merged event.
+    User TPS exists only for requests with more than one step; `step_time_s` leaves out the wait
+    for the prefill, and gaps that end in a merged event.
     """
 
     ttft_s: Floats
@@ -257,7 +269,7 @@ class Timing:
     n_output_tokens: Ints
 
 
-def timing(columns: Columns) -> Timing:
+def timing(columns: Columns, draft_length: int) -> Timing:
     """Times of every finished request of conversations that did not fail."""
     first, last = columns.first_and_last()
     request = columns.request[first]
@@ -270,7 +282,8 @@ def timing(columns: Columns) -> Timing:
     longer = decode_s > 0
     gap = np.diff(columns.time_ns)
     inside = np.diff(columns.request) == 0
-    wanted = np.isin(columns.request[1:], request) & inside & (columns.engine_steps[1:] == 1)
+    exact = step_kinds(columns, draft_length)[1:] != MERGED
+    wanted = np.isin(columns.request[1:], request) & inside & exact
     submitted = columns.submitted_ns[request]
     return Timing(
         ttft_s=(columns.time_ns[first] - submitted) / 1e9,
@@ -279,6 +292,21 @@ def timing(columns: Columns) -> Timing:
         step_time_s=gap[wanted] / 1e9,
         n_output_tokens=n_output,
     )
+
+
+def conversation_user_tps(columns: Columns) -> Floats:
+    """(C,) tokens after the first step / time after it, summed over a conversation's turns.
+
+    NaN for conversations that failed, and for those that spent no time after their first steps.
+    """
+    n = len(columns.conversation_ids)
+    first, last = columns.first_and_last()
+    conversation = columns.conversation[columns.request]
+    later = columns.step > 0
+    tokens = np.bincount(conversation[later], columns.n_tokens[later], n)
+    decode_ns = np.bincount(conversation[first], columns.time_ns[last] - columns.time_ns[first], n)
+    tokens[columns.failed] = np.nan
+    return _ratio(tokens, decode_ns / 1e9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,15 +354,18 @@ def steady_window(columns: Columns, session: int, concurrency: int) -> Window | 
 QUANTILES = (25, 50, 75, 90, 95, 99)
 
 
-def describe(values: Floats | Ints) -> dict[str, float] | None:
-    """n, min, mean, std (n - 1), max and percentiles (linear interpolation); None if empty."""
+def describe(values: Floats | Ints) -> dict[str, float | None] | None:
+    """n, min, mean, std (n - 1), max and percentiles (linear interpolation); None if empty.
+
+    One value alone has no std: None.
+    """
     if len(values) == 0:
         return None
     return {
         "n": float(len(values)),
         "min": float(np.min(values)),
         "mean": float(np.mean(values)),
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         **{
             f"p{q}": float(v)
             for q, v in zip(QUANTILES, np.percentile(values, QUANTILES), strict=True)

@@ -323,23 +323,27 @@ def _prompt_source(
     """First (or frozen) turns from memory; a live later turn is encoded when it is asked for."""
 
     def prompt_for(row: Conversation, turn: int, replies: Sequence[Sequence[int]]) -> Prompt:
-        known = prepared.prompts.get((row.id, turn))
-        if known is not None:
-            return known
-        ids = _later_turn(prepared, row, turn, replies)
-        if reason := _too_long(len(ids), config.output_length, info.max_seq_len):
+        prompt = prompt_of(prepared, row, turn, replies)
+        n_prompt = len(prompt.token_ids)
+        if turn and (reason := _too_long(n_prompt, config.output_length, info.max_seq_len)):
             raise PromptRefusedError(f"turn {turn} was refused: {reason}")
-        return Prompt(ids, prompts.turn_sha256(row.id, turn, ids))
+        return prompt
 
     return prompt_for
 
 
-def _later_turn(
+def prompt_of(
     prepared: Prepared, row: Conversation, turn: int, replies: Sequence[Sequence[int]]
-) -> list[int]:
+) -> Prompt:
+    """The prompt of a turn, given the token IDs of the earlier replies."""
+    known = prepared.prompts.get((row.id, turn))
+    if known is not None:
+        return known
     if row.token_turns or prepared.encoder is None:
-        return list(row.token_turns[turn])
-    return prepared.encoder.encode_turn(row, turn, replies)
+        ids = list(row.token_turns[turn])
+    else:
+        ids = prepared.encoder.encode_turn(row, turn, replies)
+    return Prompt(ids, prompts.turn_sha256(row.id, turn, ids))
 
 
 def _warm_up(

@@ -233,6 +233,8 @@ class EngineAdapter(Protocol):
     """Algorithms it can be asked for."""
     flag_of: Mapping[str, str]
     """Engine argument -> the speedbench flag that sets it (an argument we own)."""
+    calibration_args: Mapping[Algorithm, Mapping[str, object]]
+    """Engine arguments under which an algorithm's steps are a known answer."""
 
     def __call__(self, settings: EngineSettings) -> Engine:
         """Start the engine. Raises UserError where the user can mend it."""

@@ -1,0 +1,22 @@
+# speedbench on top of an engine's own image, which brings the engine, torch and CUDA:
+#   docker build --build-arg ENGINE_IMAGE=vllm/vllm-openai:v0.26.0 -t speedbench .
+#   docker run --gpus all --ipc=host -v /models:/models -v "$PWD/runs:/speedbench/runs" \
+#       speedbench run --engine VLLM --model_dir /models/target ...
+ARG ENGINE_IMAGE
+FROM ${ENGINE_IMAGE}
+
+WORKDIR /speedbench
+COPY setup.cfg pyproject.toml README.md LICENSE run.py ./
+COPY speedbench speedbench
+COPY engines engines
+COPY data data
+COPY scripts scripts
+# --no-deps for speedbench itself: the engine's own pins must not move. What it needs beside them:
+RUN python3 -m pip install --no-cache-dir "pyarrow>=15" "scipy>=1.11" "pydantic>=2.5" "rich>=13" \
+        "PyYAML>=6" setuptools && \
+    python3 -m pip install --no-cache-dir --no-deps --no-build-isolation -e .
+
+RUN useradd --create-home measurer && chown measurer /speedbench
+USER measurer
+ENTRYPOINT ["speedbench"]
+CMD ["--help"]

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The main job, whole, on a CPU: both arms (NONE and DRAFT_TARGET) of a pair of checkpoints whose
+# acceptance is known in closed form, on real vLLM; then the same on natural multi-turn prompts.
+#
+#   scripts/demo.sh [DIR]     DIR: where the runs go (default: runs/demo-<time>)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+setup scripts/requirements-cpu.txt
+
+out=${1:-runs/demo-$(date +%Y%m%d-%H%M%S)}
+models=models/calibration
+log=$out/engine.log
+mkdir -p "$out"
+.venv/bin/speedbench calibrate --build_only --save_dir "$models"
+
+# Engine settings of the demo, not of a measurement: no compilation and one worker process less
+# start faster; 2 GiB of KV cache are plenty.
+cat >"$out/engine.yaml" <<'YAML'
+engine_args:
+  enforce_eager: true
+YAML
+export VLLM_LOGGING_LEVEL=ERROR VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=2
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
+
+arm() { # arm PAIR DATASET ALGORITHM NAME
+    local draft=()
+    [ "$3" = NONE ] || draft=(--draft_model_dir "$models/$1/draft")
+    echo "measuring $4: $3 on the $2 prompts, real vLLM on the CPU"
+    .venv/bin/python run.py --engine VLLM --model_dir "$models/$1/target" "${draft[@]}" \
+        --speculative_algorithm "$3" --draft_length 3 --dataset "$2" --concurrency 16 \
+        --output_length 64 --runtime_params "$out/engine.yaml" --save_dir "$out/$4" \
+        >"$out/$4.txt" 2>>"$log" || {
+        tail -n 30 "$log" >&2
+        echo "the run $4 failed: its log is $log" >&2
+        return 1
+    }
+}
+
+arm word calibration NONE calibration-baseline
+arm word calibration DRAFT_TARGET calibration-draft
+arm bpe mini NONE mini-baseline
+arm bpe mini DRAFT_TARGET mini-draft
+
+for data in mini calibration; do
+    echo
+    .venv/bin/speedbench report "$out/$data-baseline" "$out/$data-draft" | tee "$out/$data.txt"
+done
+echo
+echo "reports: $out/calibration.txt $out/mini.txt"
+echo "records: $out/{calibration,mini}-{baseline,draft}"

@@ -1,0 +1,251 @@
+"""Known answers: stored runs held against the closed form, and the cases that prove an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speedbench import session, store
+from speedbench.calibration import checkpoints, closed_form, verdict
+from speedbench.calibration.closed_form import KNOWN_ANSWER_FILE, Case
+from speedbench.config import RunConfig, from_dict
+from speedbench.types import Algorithm, Engine, EngineSettings, UserError
+
+SAMPLED_LEVEL = 0.999
+
+
+# ---------------------------------------------------------------- one stored run
+
+
+def observed_requests(run: store.Run, prepared: session.Prepared) -> list[verdict.ObservedRequest]:
+    """The requests of a stored run with their prompts, which are encoded again and must match
+    the stored fingerprints. Raises UserError if one does not."""
+    rows = {row.id: row for row in prepared.rows}
+    turns = run.turns.take(run.used).to_pylist()
+    columns = run.columns
+    replies: dict[tuple[str, int], Sequence[int]] = {
+        (turn["conversation_id"], turn["turn"]): turn["output_token_ids"] for turn in turns
+    }
+    bounds = _step_bounds(run)
+    found = []
+    for r, turn in enumerate(turns):
+        name, number = turn["conversation_id"], turn["turn"]
+        earlier = [replies[name, t] for t in range(number)]
+        prompt = session.prompt_of(prepared, rows[name], number, earlier)
+        if prompt.sha256 != turn["prompt_sha256"]:
+            raise UserError(
+                f"the prompt of {name!r}, turn {number}, cannot be reproduced: the tokenizer or "
+                f"the dataset is not the one {run.directory} was measured with"
+            )
+        mine = slice(*bounds[r])
+        found.append(
+            verdict.ObservedRequest(
+                conversation_id=name,
+                turn=number,
+                category=turn["category"],
+                prompt_ids=prompt.token_ids,
+                output_ids=turn["output_token_ids"],
+                n_tokens=columns.n_tokens[mine].tolist(),
+                accepted=columns.accepted[mine].tolist(),
+                drafted=columns.drafted[mine].tolist(),
+                engine_steps=columns.engine_steps[mine].tolist(),
+            )
+        )
+    return found
+
+
+def _step_bounds(run: store.Run) -> list[tuple[int, int]]:
+    """First and one-past-last step of every request (R)."""
+    import numpy as np
+
+    edges = np.searchsorted(run.columns.request, np.arange(run.columns.n_requests + 1))
+    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+
+
+def case_of(run: store.Run, stop_ids: Sequence[int]) -> Case:
+    """What the run asked for, in the closed form's words; K and n-gram sizes as the engine's."""
+    config, engine = run.manifest["config"], run.manifest["engine"]
+    return Case(
+        algorithm=config["speculative_algorithm"],
+        draft_length=engine["draft_length"],
+        max_tokens=config["output_length"],
+        stop_ids=() if config["ignore_eos"] else tuple(stop_ids),
+        ngram_min=int(engine["settings"].get("ngram_min", 1)),
+        ngram_max=int(engine["settings"].get("ngram_max", 1)),
+    )
+
+
+def judge(run: store.Run, prepared: session.Prepared, case: Case | None = None) -> verdict.Verdict:
+    """Hold a stored run of a calibration checkpoint against its closed form."""
+    config = run.manifest["config"]
+    target = Path(config["model_dir"])
+    known = closed_form.read_known_answer(target)
+    found = observed_requests(run, prepared)
+    case = case or case_of(run, prepared.stop_token_ids)
+    asked = {(row.id, turn) for row in prepared.rows for turn in range(row.n_turns)}
+    if config["temperature"] == 0:
+        return verdict.judge_greedy(found, known, case, asked)
+    if config["speculative_algorithm"] != "DRAFT_TARGET":
+        raise UserError("sampled known answers exist for DRAFT_TARGET only")
+    chances = closed_form.acceptance_probabilities(
+        target, Path(config["draft_model_dir"]), config["temperature"]
+    )
+    return verdict.judge_sampled(found, known, chances, case.draft_length, SAMPLED_LEVEL, asked)
+
+
+def known_answer(directory: Path, prepared: session.Prepared) -> dict[str, Any] | None:
+    """The manifest entry for a finished greedy run of a calibration checkpoint, else None."""
+    run = store.load(directory)
+    config = run.manifest["config"]
+    target = Path(config["model_dir"] or "")
+    supported = config["speculative_algorithm"] in closed_form.ALGORITHMS
+    if (
+        not (target / KNOWN_ANSWER_FILE).is_file()
+        or run.manifest["status"] != "complete"
+        or run.manifest["refused"]
+        or run.columns.failed.any()
+        or config["temperature"] != 0
+        or not supported
+    ):
+        return None
+    outcome = judge(run, prepared)
+    known = closed_form.read_known_answer(target)
+    case = case_of(run, prepared.stop_token_ids)
+    by_category: dict[str, list[Any]] = {}
+    for request in observed_requests(run, prepared):
+        by_category.setdefault(request.category, []).append(case.steps(known, request.prompt_ids))
+    lengths = {name: closed_form.expected_al(steps) for name, steps in by_category.items()}
+    told = [al for al in lengths.values() if al is not None]
+    return {
+        "ok": outcome.ok,
+        "sentence": outcome.sentence,
+        "fault": outcome.fault,
+        "by_category": lengths,
+        "overall": sum(told) / len(told) if told and len(told) == len(lengths) else None,
+    }
+
+
+# ---------------------------------------------------------------- the cases
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCase:
+    """One engine start; `cells` are (concurrency, output length, rows, temperature) run on it."""
+
+    pair: str
+    algorithm: Algorithm
+    draft_length: int
+    cells: tuple[tuple[int, int, int | None, float], ...]
+
+
+def engine_cases(
+    algorithms: Sequence[Algorithm],
+    draft_lengths: Sequence[int],
+    concurrencies: Sequence[int],
+    output_lengths: Sequence[int],
+) -> Iterator[EngineCase]:
+    """Every engine start of a calibration: all concurrencies x output lengths on each.
+
+    Low concurrencies are slow, so they get fewer rows: 33 at 1, 88 up to 8, else all.
+    """
+    grid = tuple(
+        (n, length, 33 if n == 1 else 88 if n <= 8 else None, 0.0)
+        for n in concurrencies
+        for length in output_lengths
+    )
+    sampled = ((max(concurrencies), max(output_lengths), None, 1.0),)
+    for algorithm in algorithms:
+        lengths = draft_lengths if algorithm == "DRAFT_TARGET" else draft_lengths[-1:]
+        for k in lengths:
+            extra = sampled if algorithm == "DRAFT_TARGET" and k == lengths[-1] else ()
+            yield EngineCase("word", algorithm, k, grid + extra)
+    natural = "DRAFT_TARGET" if "DRAFT_TARGET" in algorithms else algorithms[0]
+    yield EngineCase(
+        "bpe",
+        natural,
+        draft_lengths[-1],
+        ((min(8, max(concurrencies)), max(output_lengths), None, 0.0),),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One judged run."""
+
+    case: EngineCase
+    config: RunConfig
+    directory: Path
+    verdict: verdict.Verdict
+
+
+Start = Callable[[EngineSettings], Engine]
+
+
+def calibrate(
+    base: Mapping[str, Any],
+    cases: Sequence[EngineCase],
+    directory: Path,
+    start: Start,
+    engine_args_of: Mapping[Algorithm, Mapping[str, Any]],
+) -> Iterator[Cell]:
+    """Build the checkpoints, run every case on the engine that `start` makes, judge every run.
+
+    base            RunConfig values that hold for all cases (engine, engine_args, tp_size, ...)
+    engine_args_of  further engine arguments an algorithm needs for its answer to be known
+    """
+    models = directory / "models"
+    checkpoints.build(models)
+    for case in cases:
+        configs = [
+            _config(base, case, cell, models, directory, engine_args_of) for cell in case.cells
+        ]
+        widest = max(configs, key=lambda config: config.concurrency)
+        engine = start(widest.engine_settings(None))
+        try:
+            for config in configs:
+                prepared = session.prepare(config)
+                run_dir = Path(config.save_dir or "")
+                outcome = session.measure(config, prepared, engine, session.Target(run_dir))
+                if outcome.end.reason == "engine died":
+                    raise UserError(f"the engine died in {run_dir}: {outcome.end.message}")
+                yield Cell(case, config, run_dir, judge(store.load(run_dir), prepared))
+        finally:
+            engine.close()
+
+
+def _config(
+    base: Mapping[str, Any],
+    case: EngineCase,
+    cell: tuple[int, int, int | None, float],
+    models: Path,
+    directory: Path,
+    engine_args_of: Mapping[Algorithm, Mapping[str, Any]],
+) -> RunConfig:
+    concurrency, output_length, n_rows, temperature = cell
+    drafted = case.algorithm == "DRAFT_TARGET"
+    name = (
+        f"{case.pair}-{case.algorithm}-k{case.draft_length}-n{concurrency}-o{output_length}"
+        f"-t{temperature:g}"
+    ).lower()
+    return from_dict(
+        {
+            **base,
+            "model_dir": str(models / case.pair / "target"),
+            "draft_model_dir": str(models / case.pair / "draft") if drafted else None,
+            "speculative_algorithm": case.algorithm,
+            "draft_length": case.draft_length,
+            "dataset": "calibration" if case.pair == "word" else "mini",
+            "num_requests": n_rows,
+            "concurrency": concurrency,
+            "output_length": output_length,
+            "temperature": temperature,
+            "warmup": min(concurrency, 8),
+            "save_dir": str(directory / "runs" / name),
+            "engine_args": {
+                **base.get("engine_args", {}),
+                **engine_args_of.get(case.algorithm, {}),
+            },
+        }
+    )

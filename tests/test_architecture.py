@@ -1,0 +1,132 @@
+"""The dependency direction of DESIGN section 3, read from the imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STDLIB = sys.stdlib_module_names
+
+ALLOWED = {
+    "speedbench.types": set(),
+    "speedbench.columns": {"numpy"},
+    "speedbench.metrics": {"numpy", "speedbench.columns"},
+    "speedbench.stats": {"numpy", "scipy", "speedbench.columns"},
+    "speedbench.loop": {"speedbench.types"},
+    "speedbench.config": {"pydantic", "yaml", "speedbench.types"},
+    "speedbench.environment": set(),
+    "speedbench.prompts": {
+        "numpy",
+        "transformers",
+        "jinja2",
+        "speedbench.types",
+        "speedbench.config",
+    },
+    "speedbench.store": {"numpy", "pyarrow", "speedbench.columns", "speedbench.types"},
+    "speedbench.checks": {"numpy", "speedbench.columns", "speedbench.metrics", "speedbench.store"},
+}
+"""What each module may import at most, beside the standard library."""
+
+FORBIDDEN = {
+    "engines": ("speedbench.",),  # but speedbench.types
+    "speedbench.datasets": ("engines", "speedbench.loop", "speedbench.store", "speedbench.metrics"),
+    "speedbench.report": ("engines", "speedbench.loop", "speedbench.session", "speedbench.cli"),
+    "speedbench.calibration": ("engines", "speedbench.loop", "speedbench.store", "speedbench.cli"),
+    "speedbench.session": ("engines", "speedbench.metrics", "speedbench.report", "speedbench.cli"),
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in ("speedbench", "engines"):
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of everything a file imports, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            assert node.module is not None
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = whole & set(MODULES)
+            names.update(submodules or {node.module})
+    return {name for name in names if name.partition(".")[0] not in STDLIB}
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_imports_nothing_but_what_it_may(module: str) -> None:
+    extra = {
+        name
+        for name in imports(MODULES[module])
+        if not any(is_within(name, allowed) for allowed in ALLOWED[module])
+    }
+    assert not extra
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_dependencies_point_one_way(module: str) -> None:
+    names = imports(MODULES[module])
+    if is_within(module, "engines"):
+        ours = {n for n in names if is_within(n, "speedbench")}
+        assert ours <= {"speedbench.types"}
+    for package, forbidden in FORBIDDEN.items():
+        if package != "engines" and is_within(module, package):
+            bad = {n for n in names if any(is_within(n, f) for f in forbidden)}
+            assert not bad
+
+
+def test_only_cli_prints() -> None:
+    for module, path in MODULES.items():
+        if module == "speedbench.cli":
+            continue
+        calls = [
+            node.lineno
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "print"
+        ]
+        assert not calls, f"{module} prints in lines {calls}"
+
+
+def heavy_imports_after(code: str) -> set[str]:
+    heavy = ("torch", "transformers", "vllm", "scipy", "pandas", "matplotlib", "pydantic", "rich")
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    return {name for name in heavy if name in loaded}
+
+
+def test_import_speedbench_is_light() -> None:
+    assert heavy_imports_after("import speedbench, speedbench.store, speedbench.metrics") == set()
+
+
+def test_help_imports_no_engine() -> None:
+    loaded = heavy_imports_after(
+        "from speedbench.cli import main\ntry:\n    main(['run', '--help'])\nexcept SystemExit:\n    pass"
+    )
+    assert loaded <= {"pydantic"}
