@@ -24,6 +24,7 @@ DEFAULTS: Mapping[str, object] = {
     "prefill_ms": 30.0,  # from submission to the first token
     "vocab_size": 1000,
     "tells_accepted": False,  # report the uncut accepted count of every step
+    "real_time": False,  # wait for each step instead of jumping to it
 }
 
 
@@ -38,8 +39,9 @@ class _Live:
 class NullEngine:
     """Every request steps once per period, each step accepting drafts by independent coins.
 
-    The clock is simulated: it starts at the host's monotonic clock and jumps from step to step
-    without waiting. `now_ns` is that clock; whoever stamps submissions must read it.
+    The clock is simulated: it starts at the host's monotonic clock and jumps from step to step,
+    without waiting unless `real_time` is set. `now_ns` is that clock; whoever stamps submissions
+    must read it.
     """
 
     algorithms: Sequence[Algorithm] = ("DRAFT_TARGET", "NONE")
@@ -59,6 +61,7 @@ class NullEngine:
         self._prefill_ns = int(float(str(options["prefill_ms"])) * 1e6)
         self._vocab_size = int(str(options["vocab_size"]))
         self._tells_accepted = bool(options["tells_accepted"])
+        self._real_time = bool(options["real_time"])
         self._settings = settings
         self._options = options
         self._now_ns = time.monotonic_ns()
@@ -77,6 +80,8 @@ class NullEngine:
 
     def poll(self) -> Sequence[Step]:
         self._now_ns = min(live.due_ns for live in self._live.values())
+        if self._real_time:
+            time.sleep(max(0, self._now_ns - time.monotonic_ns()) / 1e9)
         due = [live for live in self._live.values() if live.due_ns <= self._now_ns]
         return [self._step(live) for live in due]
 

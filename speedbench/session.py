@@ -57,6 +57,9 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Read, select and encode what will be asked. Raises UserError."""
+    if config.engine != "NULL":
+        _refuse_missing("model_dir", config.model_dir)
+        _refuse_missing("draft_model_dir", config.draft_model_dir)
     needs_text = config.dataset != "random"
     has_tokenizer = config.tokenizer is not None or config.model_dir is not None
     if needs_text and not has_tokenizer:
@@ -95,6 +98,24 @@ def prepare(config: RunConfig) -> Prepared:
         config.history == "frozen" or all(row.n_turns == 1 for row in rows),
         encoder.eos_token_ids if encoder else (),
     )
+
+
+def _refuse_missing(flag: str, value: str | None) -> None:
+    """Raise UserError for a checkpoint folder that is none; a hub id is left to the engine."""
+    if value is None:
+        return
+    path = Path(value)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"--{flag} {value} has no config.json: give the folder of a checkpoint in "
+                "Hugging Face format"
+            )
+    elif path.is_absolute() or value.startswith((".", "~")) or value.count("/") != 1:
+        raise UserError(
+            f"--{flag} {value} does not exist: give a checkpoint folder or a hub id "
+            "(organisation/name)"
+        )
 
 
 def _need(encoder: prompts.PromptEncoder | None) -> prompts.PromptEncoder:

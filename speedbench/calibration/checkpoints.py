@@ -107,7 +107,7 @@ def _bpe_pair(corpus: str) -> _Pair:
     cycle = [i for i in range(tokenizer.vocabulary_size) if i not in tokenizer.specials]
     rng.shuffle(cycle)
     target = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
-    for i, token in enumerate(rng.sample(cycle, len(cycle) // BPE_TOKENS_PER_EOS)):
+    for i, token in enumerate(rng.sample(cycle, round(len(cycle) / BPE_TOKENS_PER_EOS))):
         target[token] = tokenizer.eos[i % len(tokenizer.eos)]
     wrong = rng.sample(cycle, round((1 - BPE_AGREEMENT) * len(cycle)))
     draft = target | _exchanged({token: target[token] for token in wrong})

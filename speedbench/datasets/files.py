@@ -31,10 +31,8 @@ def parquet_files(path: Path) -> list[Path]:
     if files := sorted(path.glob("*.parquet")):
         return files
     below = sorted({file.parent.name for file in path.glob("*/*.parquet")})
-    remedy = (
-        f"name one of its folders ({', '.join(below)})" if below else "give one that holds some"
-    )
-    raise UserError(f"{path} holds no parquet file, expected test.parquet: {remedy}")
+    remedy = f"one of the folders in it ({', '.join(below)})" if below else "another folder"
+    raise UserError(f"{path} holds no parquet file, expected test.parquet: give {remedy}")
 
 
 def parquet_records(paths: Iterable[Path]) -> Iterator[Record]:

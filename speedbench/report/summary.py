@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ DEFINITIONS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number with its 95 % interval, or None with the reason why the records have none."""
+    """A number with its 95 % interval; `why_not` says why the number, or its interval, is None."""
 
     value: float | None
     interval: tuple[float, float] | None = None
@@ -50,7 +50,11 @@ class CategoryRow:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """All that a report of one run says. `timing` maps a name to metrics.describe's keys."""
+    """All that a report of one run says. `timing` maps a name to metrics.describe's keys.
+
+    `n_requests`, `n_steps` and `n_output_tokens` are all that was recorded, failed ones included;
+    every other number is of the `n_conversations` that did not fail.
+    """
 
     run_dir: str
     manifest: Mapping[str, Any]
@@ -73,7 +77,7 @@ class Summary:
     published_histogram: tuple[int, ...]
     published_rates: tuple[Figure, ...]
     published_al_step: Figure
-    timing: Mapping[str, Mapping[str, float] | None]
+    timing: Mapping[str, Mapping[str, float | None] | None]
     output_tps: Figure
     output_tps_steady: Figure
     steady_duration_s: float | None
@@ -89,10 +93,11 @@ def summarize(run: Run) -> Summary:
     once = metrics.acceptance_lengths(counts, np.ones((1, len(counts.category))))
     weights = stats.bootstrap_weights(counts.category)
     resampled = metrics.acceptance_lengths(counts, weights)
-    timing = metrics.timing(columns)
-    verified = counts.n_verify > 0
-    whole = counts.whole_verify if verified else counts.whole
-    cut = counts.cut_verify if verified else counts.cut
+    timing = metrics.timing(columns, k)
+    whole = counts.whole_verify if counts.told_apart else counts.whole
+    cut = counts.cut_verify if counts.told_apart else counts.cut
+    no_interval = _no_interval(counts, columns.categories)
+    categories = _categories(run, counts, once, resampled)
     rates = metrics.conditional_rates(whole.sum(axis=0), cut.sum(axis=0))
     rate_samples = metrics.conditional_rates(weights @ whole, weights @ cut)
     joint = metrics.joint_rates(rates)
@@ -116,23 +121,32 @@ def summarize(run: Run) -> Summary:
             "merged": counts.n_merged,
             "prefill": counts.n_events - counts.n_decode - counts.n_merged,
         },
-        categories=_categories(run, counts, once, resampled),
+        categories=categories,
         lengths={
             **{
-                name: _figure(once[name].overall[0], resampled[name].overall, _why(counts, name))
+                name: _figure(
+                    once[name].overall[0],
+                    resampled[name].overall,
+                    _why_overall(counts, name, categories),
+                    no_interval,
+                )
                 for name in metrics.AL_NAMES
             },
             "al_engine": _engine_length(manifest),
         },
         histogram=tuple(int(n) for n in (counts.whole + counts.cut).sum(axis=0)[1:]),
         n_censored=int(counts.cut.sum()),
-        rates=_figures(rates, rate_samples, "no step reached this position"),
-        joint=_figures(joint, metrics.joint_rates(rate_samples), "an earlier rate is unknown"),
-        rates_over="verify steps" if verified else "decode steps (verify and plain not told apart)",
+        rates=_figures(rates, rate_samples, "no step reached this position", no_interval),
+        joint=_figures(
+            joint, metrics.joint_rates(rate_samples), "an earlier rate is unknown", no_interval
+        ),
+        rates_over="verify steps"
+        if counts.told_apart
+        else "decode steps (verify and plain not told apart)",
         draft_hit_rate=_hit_rate(counts),
         published_histogram=tuple(int(n) for n in published[1:]),
         published_rates=_figures(
-            metrics.published_rates(published), None, "no step reached this position"
+            metrics.published_rates(published), None, "no step reached this position", ""
         ),
         published_al_step=Figure(float(published @ np.arange(len(published))) / n_published)
         if n_published
@@ -158,33 +172,62 @@ def _expected(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _figure(value: float, samples: Floats | None, why_not: str) -> Figure:
+def _figure(value: float, samples: Floats | None, why_not: str, no_interval: str = "") -> Figure:
+    """A figure from its estimate and its resamples (B,).
+
+    `why_not` is why the value would be NaN, `no_interval` why it can have no interval.
+    """
     if math.isnan(value):
         return Figure(None, why_not=why_not)
-    if samples is None:
-        return Figure(float(value))
+    if samples is None or no_interval:
+        return Figure(float(value), why_not=no_interval)
     low, high = stats.percentile_interval(samples)
-    return Figure(float(value), None if np.isnan(low) else (float(low), float(high)))
+    if np.isnan(low):
+        return Figure(float(value), why_not=RARE)
+    return Figure(float(value), (float(low), float(high)))
 
 
-def _figures(values: Floats, samples: Floats | None, why_not: str) -> tuple[Figure, ...]:
+RARE = "too few conversations reach it for an interval"
+
+
+def _figures(
+    values: Floats, samples: Floats | None, why_not: str, no_interval: str
+) -> tuple[Figure, ...]:
     return tuple(
-        _figure(value, None if samples is None else samples[:, i], why_not)
+        _figure(value, None if samples is None else samples[:, i], why_not, no_interval)
         for i, value in enumerate(values)
     )
 
 
-def _why(counts: metrics.Acceptance, name: str) -> str:
-    """Why an acceptance length is unknown."""
-    if counts.n_decode == 0:
-        return "no decode step was recorded"
+def _no_interval(counts: metrics.Acceptance, names: Sequence[str]) -> str:
+    """Why nothing that is pooled over categories can have an interval; empty if it can."""
+    sizes = np.bincount(counts.category, minlength=counts.n_categories)
+    lone = np.flatnonzero((sizes > 0) & (sizes < stats.MIN_CONVERSATIONS))
+    return f"category {names[lone[0]]} has a single conversation" if len(lone) else ""
+
+
+def _why(counts: metrics.Acceptance, name: str, n_steps: int) -> str:
+    """Why an acceptance length over `n_steps` decode steps is unknown."""
+    if name == "al_specdec_bench":
+        return "no step was recorded"
+    if name == "al_drafted" and not counts.told_apart:
+        return "the engine does not tell verify from plain"
+    if n_steps == 0:
+        return "no single decode step was recorded"
     if name == "al_drafted" and counts.n_verify == 0:
-        return (
-            "no draft was checked"
-            if counts.n_plain
-            else "the engine does not tell verify from plain"
-        )
+        return "no draft was checked"
+    if name == "al_conversation":
+        return "no conversation has an uncut decode step"
     return "a position was reached only by steps that the end of a request cut off"
+
+
+def _why_overall(counts: metrics.Acceptance, name: str, categories: Sequence[CategoryRow]) -> str:
+    """Why an acceptance length of the run is unknown; of a mean, which category lacks it."""
+    if name in ("al", "al_conversation"):
+        for row in categories:
+            if row.n_complete and row.lengths[name].value is None:
+                return f"category {row.name}: {row.lengths[name].why_not}"
+    return _why(counts, name, counts.n_decode)
 
 
 def _categories(
@@ -199,23 +242,25 @@ def _categories(
     for g, name in enumerate(run.columns.categories):
         members = counts.category == g
         n = int(members.sum())
-        why = _why(counts, "al") if n else "no conversation was measured"
         whole, cut = counts.whole[members].sum(axis=0), counts.cut[members].sum(axis=0)
+        n_steps = int((whole + cut).sum())
+        no_interval = "a single conversation has none" if n < stats.MIN_CONVERSATIONS else ""
         rows.append(
             CategoryRow(
                 name,
                 n,
                 max(expected[name], n),
-                int((whole + cut).sum()),
+                n_steps,
                 {
                     al: _figure(
                         once[al].per_category[0, g],
-                        resampled[al].per_category[:, g] if n > 1 else None,
-                        why,
+                        resampled[al].per_category[:, g],
+                        _why(counts, al, n_steps) if n else "no conversation was measured",
+                        no_interval,
                     )
                     for al in metrics.AL_NAMES
                 },
-                _figures(metrics.conditional_rates(whole, cut), None, "not reached"),
+                _figures(metrics.conditional_rates(whole, cut), None, "not reached", ""),
                 closed_form.get(name),
             )
         )
@@ -223,12 +268,11 @@ def _categories(
 
 
 def _hit_rate(counts: metrics.Acceptance) -> Figure:
-    told = counts.n_verify + counts.n_plain
-    if told != counts.n_decode:
+    if not counts.told_apart:
         return Figure(None, why_not="the engine does not tell verify from plain")
-    if told == 0:
-        return Figure(None, why_not="no decode step was recorded")
-    return Figure(counts.n_verify / told)
+    if counts.n_decode == 0:
+        return Figure(None, why_not="no single decode step was recorded")
+    return Figure(counts.n_verify / counts.n_decode)
 
 
 def _engine_length(manifest: Mapping[str, Any]) -> Figure:
@@ -236,12 +280,12 @@ def _engine_length(manifest: Mapping[str, Any]) -> Figure:
     for session in manifest.get("sessions", []):
         counters = session.get("counters")
         if counters is None:
-            return Figure(None, why_not="no counters of the engine were stored")
+            return Figure(None, why_not="the engine's own counters are not stored")
         drafts += counters["drafts"]
         accepted += counters["accepted"]
     if drafts == 0:
         return Figure(None, why_not="the engine counted no draft")
-    return Figure(1 + accepted / drafts)
+    return Figure(1 + accepted / drafts, why_not="the counters are totals of the run")
 
 
 def _throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
@@ -274,4 +318,10 @@ def _throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
         if window is None
         else (Figure(window.output_tps), window.duration_s)
     )
-    return Figure(whole), steady, Figure(whole / n_gpus)
+    n_gpus_seen = len(run.manifest["environment"].get("gpus") or ())
+    per_gpu = (
+        Figure(whole / n_gpus)
+        if n_gpus_seen
+        else Figure(None, why_not="no GPU was found on this machine")
+    )
+    return Figure(whole), steady, per_gpu

@@ -1,0 +1,567 @@
+"""Layout: what a report says, in order, as blocks that every textual form draws in its own way."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, Literal
+
+from speedbench.checks import Check
+from speedbench.report.pair import PairSummary, significant
+from speedbench.report.summary import DEFINITIONS, Figure, Summary
+
+Style = Literal["plain", "error", "warning", "note"]
+
+NOT_A_MEASUREMENT = "SIMULATED: the engine made everything up; nothing here is a measurement."
+NO_VALUE = "n/a"
+NOT_SIGNIFICANT = "ns"
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """The title of the report (level 1) or of a section (level 2)."""
+
+    text: str
+    level: Literal[1, 2] = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    text: str
+    style: Style = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """A list of (label, text, style)."""
+
+    items: tuple[tuple[str, str, Style], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verbatim:
+    """Lines as the published console prints them."""
+
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A header (its line breaks are hints), and whether its cells are words, which may wrap."""
+
+    header: str
+    words: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of cells; the last row is a total if `total`; `notes` are footnotes."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    total: bool = False
+
+
+Block = Heading | Paragraph | Facts | Verbatim | Table
+
+_ESCAPE_SEQUENCE = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])"
+)
+
+
+def clean(text: str) -> str:
+    """Text that no terminal takes for a command: one line, without control or format characters."""
+    text = re.sub(r"\s+", " ", _ESCAPE_SEQUENCE.sub("", text))
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs")).strip()
+
+
+# ---------------------------------------------------------------- reports
+
+
+def of_run(summary: Summary) -> Iterator[Block]:
+    """The report of one run."""
+    yield Heading(f"speedbench: {title(summary)}", 1)
+    if summary.manifest["engine"].get("simulated"):
+        yield Paragraph(NOT_A_MEASUREMENT, "error")
+    yield Paragraph(_totals(summary))
+    yield from _checks([("", summary.checks)])
+    yield from _acceptance(summary, _category_table(summary))
+    yield Heading("Timing")
+    yield _throughput(summary)
+    yield _distributions(summary)
+    yield Heading("Provenance")
+    yield _provenance(summary)
+
+
+def of_pair(pair: PairSummary) -> Iterator[Block]:
+    """The report of a baseline and a speculative run: the second one's, with the speedup."""
+    arms = (("baseline", pair.base), ("speculative", pair.spec))
+    yield Heading("speedbench: speedup over the baseline", 1)
+    yield Facts(tuple((name, title(arm), "plain") for name, arm in arms))
+    if any(arm.manifest["engine"].get("simulated") for _, arm in arms):
+        yield Paragraph(NOT_A_MEASUREMENT, "error")
+    yield from _checks([("", pair.checks), *((name, arm.checks) for name, arm in arms)])
+    yield Heading("Speedup")
+    yield _speedups(pair)
+    yield from _acceptance(pair.spec, _category_table(pair.spec, pair))
+    yield Heading("Timing")
+    yield _throughputs(pair)
+    for name, arm in arms:
+        yield Paragraph(f"{name.capitalize()}:")
+        yield _distributions(arm)
+    for name, arm in arms:
+        yield Heading(f"Provenance: {name}")
+        yield _provenance(arm)
+
+
+def title(summary: Summary) -> str:
+    """What ran, in one line."""
+    engine, config = summary.manifest["engine"], summary.manifest["config"]
+    algorithm = config["speculative_algorithm"]
+    drafter = config.get("draft_model_dir")
+    parts = [
+        f"{engine['name']} {engine['version']}",
+        "no speculation"
+        if algorithm == "NONE" and summary.draft_length == 0
+        else f"{algorithm} K={summary.draft_length}",
+        f"target {_base_name(config.get('model_dir'))}",
+        *([f"drafter {_base_name(drafter)}"] if drafter else []),
+        f"dataset {summary.manifest['dataset']['name']}",
+        f"concurrency {config['concurrency']}",
+        summary.manifest["status"],
+    ]
+    return ", ".join(parts)
+
+
+def _base_name(path: str | None) -> str:
+    return PurePath(path).name if path else "none"
+
+
+def _totals(summary: Summary) -> str:
+    text = (
+        f"{summary.n_steps} steps and {summary.n_output_tokens} tokens of {summary.n_requests} "
+        f"requests in {summary.n_conversations + summary.n_failed} conversations were recorded"
+    )
+    if summary.n_failed:
+        text += f"; {summary.n_failed} of the conversations failed and are in no number below"
+    return text + "."
+
+
+def _checks(groups: Sequence[tuple[str, Sequence[Check]]]) -> Iterator[Block]:
+    """Errors first; a sentence that several groups share is told once."""
+    whose: dict[Check, list[str]] = {}
+    for name, checks in groups:
+        for check in checks:
+            whose.setdefault(check, []).append(name)
+    order: tuple[Literal["error", "warning", "note"], ...] = ("error", "warning", "note")
+    words = {"error": "ERROR", "warning": "WARNING", "note": "note"}
+    items = []
+    for level in order:
+        for check, names in whose.items():
+            if check.level == level:
+                arms = " and ".join(name for name in names if name)
+                sentence = f"{arms}: {check.sentence}" if arms else check.sentence
+                items.append((words[level], sentence, level))
+    yield Facts(tuple(items)) if items else Paragraph("Every check passed.")
+
+
+# ---------------------------------------------------------------- cells
+
+
+class _Cells:
+    """Makes cells of figures, and footnotes of the reasons why some have no number."""
+
+    def __init__(self) -> None:
+        self._why: dict[str, list[str]] = {}
+
+    def value(self, where: str, figure: Figure) -> str:
+        if figure.value is None:
+            self._note(where, figure.why_not)
+            return NO_VALUE
+        return number(figure.value)
+
+    def interval(self, where: str, figure: Figure) -> str:
+        if figure.interval is None:
+            if figure.value is not None:
+                self._note(f"interval of {where}", figure.why_not)
+            return NO_VALUE
+        return interval(figure.interval)
+
+    def plain(self, where: str, value: float | None, why_not: str) -> str:
+        return self.value(where, Figure(value, why_not=why_not))
+
+    def _note(self, where: str, why_not: str) -> None:
+        places = self._why.setdefault(why_not or "not known", [])
+        if where not in places:
+            places.append(where)
+
+    def notes(self) -> tuple[str, ...]:
+        return tuple(f"{NO_VALUE}: {_some(places)}: {why}" for why, places in self._why.items())
+
+
+def _some(places: Sequence[str]) -> str:
+    shown = list(places[:3])
+    return ", ".join(shown) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    return f"{number(bounds[0])}-{number(bounds[1])}"
+
+
+def sentence(figure: Figure, unit: str = "") -> str:
+    """A figure in running text: its value with unit and interval, or why there is none."""
+    if figure.value is None:
+        return f"{NO_VALUE}: {figure.why_not}"
+    text = number(figure.value) + (f" {unit}" if unit else "")
+    return text + (f" (95 % {interval(figure.interval)})" if figure.interval else "")
+
+
+# ---------------------------------------------------------------- acceptance
+
+
+def _acceptance(summary: Summary, categories: Table) -> Iterator[Block]:
+    if summary.draft_length == 0:
+        yield Heading("Acceptance Rate Results")
+        yield Paragraph("AL = 1 by definition: nothing was drafted.")
+        yield categories
+        return
+    yield Heading("Acceptance Length Histogram")
+    yield Verbatim((_histogram(summary.histogram),))
+    yield Paragraph(_steps(summary))
+    yield Heading("Conditional acceptance rate")
+    yield Paragraph(
+        f"Over {summary.rates_over}. Position k: the k-th draft token, given that those before "
+        "it were accepted; joint: all of the first k."
+    )
+    yield _rate_table(summary)
+    yield Heading("Acceptance Rate Results")
+    yield categories
+    yield Heading("Acceptance lengths, by name")
+    yield _length_table(summary)
+    yield _length_by_category_table(summary)
+    yield Heading("As published")
+    yield Paragraph(
+        "What the published harness counts: every event as it looks, prefill and cut-off steps "
+        "included."
+    )
+    yield _published(summary)
+
+
+def _histogram(counts: Sequence[int]) -> str:
+    return str({n: count for n, count in enumerate(counts, 1)})
+
+
+def _steps(summary: Summary) -> str:
+    kinds = ", ".join(f"{n} {kind}" for kind, n in summary.kinds.items() if n)
+    text = f"Events: {kinds or 'none'}. The histogram holds the decode steps"
+    if summary.n_censored:
+        text += f", {summary.n_censored} of them cut off by the end of a request"
+    if summary.draft_hit_rate.value is not None:
+        text += f". Draft hit rate {number(summary.draft_hit_rate.value)}"
+    return text + "."
+
+
+def _rate_table(summary: Summary) -> Table:
+    cells = _Cells()
+    rows = []
+    for k, (rate, joint) in enumerate(zip(summary.rates, summary.joint, strict=True), 1):
+        rate_at, joint_at = f"position {k}", f"joint rate {k}"
+        rows.append(
+            (
+                str(k),
+                cells.value(rate_at, rate),
+                cells.interval(rate_at, rate),
+                cells.value(joint_at, joint),
+                cells.interval(joint_at, joint),
+            )
+        )
+    headers = ("Position", "Conditional", "95 % interval", "Joint", "95 % interval")
+    return Table(tuple(Column(h) for h in headers), tuple(rows), cells.notes())
+
+
+def _category_table(summary: Summary, pair: PairSummary | None = None) -> Table:
+    """The published table, with completeness, intervals, closed form and speedup."""
+    cells = _Cells()
+    baseline = summary.draft_length == 0
+    known = any(row.expected_al is not None for row in summary.categories)
+    columns = [Column("Category", words=True), Column("n/n"), Column("Average AL")]
+    columns += [] if baseline else [Column("95 % interval")]
+    columns += [Column("Closed\nform")] if known else []
+    columns += [Column("Speedup"), Column("95 % interval")] if pair else []
+
+    def row(
+        name: str, complete: str, al: Figure, closed: float | None, speedup: Figure | None
+    ) -> tuple[str, ...]:
+        made = [name, complete, cells.value(name, al)]
+        made += [] if baseline else [cells.interval(name, al)]
+        made += [cells.plain(f"closed form, {name}", closed, "not computed")] if known else []
+        if speedup is not None:
+            mark = f" {NOT_SIGNIFICANT}" if significant(speedup) is False else ""
+            made += [
+                cells.value(f"speedup, {name}", speedup) + mark,
+                cells.interval(f"speedup, {name}", speedup),
+            ]
+        return tuple(made)
+
+    rows = [
+        row(
+            category.name,
+            f"{category.n_complete}/{category.n_expected}",
+            category.lengths["al"],
+            category.expected_al,
+            pair.by_category[category.name] if pair else None,
+        )
+        for category in summary.categories
+    ]
+    n_complete = sum(category.n_complete for category in summary.categories)
+    n_expected = sum(category.n_expected for category in summary.categories)
+    complete, al = f"{n_complete}/{n_expected}", summary.lengths["al"]
+    speedup = pair.overall if pair else None
+    rows.append(row("Overall Average", complete, al, summary.expected_al, speedup))
+    marked = any(cell.endswith(f" {NOT_SIGNIFICANT}") for row in rows for cell in row[1:])
+    legend = [f"{NOT_SIGNIFICANT}: not significant, the interval contains 1"] if marked else []
+    return Table(tuple(columns), tuple(rows), (*cells.notes(), *legend), total=True)
+
+
+def _length_table(summary: Summary) -> Table:
+    cells = _Cells()
+    rows = tuple(
+        (
+            f"{name} (primary)" if name == "al" else name,
+            cells.value(name, figure),
+            cells.interval(name, figure),
+            DEFINITIONS[name],
+        )
+        for name, figure in summary.lengths.items()
+    )
+    columns = (Column("Name"), Column("AL"), Column("95 % interval"))
+    return Table(
+        (*columns, Column("Over which steps, and how weighted", words=True)), rows, cells.notes()
+    )
+
+
+def _length_by_category_table(summary: Summary) -> Table:
+    """Those acceptance lengths that differ within a category (`al_step` does not from `al`)."""
+    cells = _Cells()
+    names = ("al", "al_conversation", "al_drafted", "al_specdec_bench")
+
+    def row(label: str, lengths: Mapping[str, Figure]) -> tuple[str, ...]:
+        return (label, *(cells.value(f"{name} of {label}", lengths[name]) for name in names))
+
+    return Table(
+        (Column("Category", words=True), *(Column(name) for name in names)),
+        (
+            *(row(category.name, category.lengths) for category in summary.categories),
+            row("Overall", summary.lengths),
+        ),
+        cells.notes(),
+        total=True,
+    )
+
+
+def _published(summary: Summary) -> Verbatim:
+    """In the published console's own spelling: key n of the rates is P(n tokens | n - 1)."""
+    histogram = summary.published_histogram
+    tokens = sum(n * count for n, count in enumerate(histogram, 1))
+    rates = [
+        f"{n} {NO_VALUE} ({rate.why_not})" if rate.value is None else f"{n} {rate.value!r}"
+        for n, rate in enumerate(summary.published_rates, 2)
+    ]
+    return Verbatim(
+        (
+            "Acceptance Length Histogram",
+            _histogram(histogram),
+            "Conditional acceptance rate",
+            "1 1.0",
+            *rates,
+            f"Token-weighted AL {sentence(summary.published_al_step)} "
+            f"({tokens} tokens in {sum(histogram)} steps)",
+            f"Average AL {sentence(summary.lengths['al_specdec_bench'])}",
+        )
+    )
+
+
+# ---------------------------------------------------------------- time
+
+DISTRIBUTIONS: Mapping[str, tuple[str, float, str]] = {
+    "e2e_s": ("E2E Request\nTime (s)", 1, "no request ended"),
+    "ttft_s": ("TTFT Time\n(ms)", 1e3, "no request ended"),
+    "step_time_s": ("Request\nGeneration\nStep\nTime (ms)", 1e3, "no request has two steps"),
+    "user_tps": (
+        "Request\nGeneration\nTokens Per\nSecond (1/s)",
+        1,
+        "no request has two steps",
+    ),
+    "output_tokens": ("Number of\nOutput\nTokens", 1, "no request ended"),
+}
+"""Distributions by their published names: header, factor from the stored unit, why there is none."""
+
+STATISTICS: Mapping[str, str] = {
+    "min": "min",
+    "mean": "mean",
+    "std": "std",
+    **{f"p{q}": f"P{q}" for q in (25, 50, 75, 90, 95, 99)},
+    "max": "max",
+}
+
+
+def _throughput(summary: Summary) -> Facts:
+    return Facts(
+        tuple((name, sentence(figure, unit), "plain") for name, figure, unit in _rates(summary))
+    )
+
+
+def _rates(summary: Summary) -> tuple[tuple[str, Figure, str], ...]:
+    seconds = summary.steady_duration_s
+    window = "" if seconds is None else f" over the {seconds:.1f} s when all slots were filled"
+    return (
+        ("Output TPS", summary.output_tps, "tokens/s over the whole run"),
+        ("Output TPS, steady", summary.output_tps_steady, f"tokens/s{window}"),
+        ("Output TPS/gpu", summary.output_tps_per_gpu, "tokens/s and GPU over the whole run"),
+    )
+
+
+def _throughputs(pair: PairSummary) -> Table:
+    cells = _Cells()
+    rows = []
+    for mine, theirs in zip(_rates(pair.base), _rates(pair.spec), strict=True):
+        name = f"{mine[0]} (tokens/s)"
+        ratio = (
+            Figure(theirs[1].value / mine[1].value)
+            if mine[1].value and theirs[1].value is not None
+            else Figure(None, why_not="one arm has no number")
+        )
+        rows.append(
+            (
+                name,
+                cells.value(f"{mine[0]}, baseline", mine[1]),
+                cells.value(f"{mine[0]}, speculative", theirs[1]),
+                cells.value(f"{mine[0]}, ratio", ratio),
+            )
+        )
+    headers = ("", "Baseline", "Speculative", "Ratio")
+    seconds = [
+        "n/a" if s is None else f"{s:.1f} s"
+        for s in (pair.base.steady_duration_s, pair.spec.steady_duration_s)
+    ]
+    note = (
+        "steady: while all slots were filled, for "
+        f"{seconds[0]} (baseline) and {seconds[1]} (speculative)"
+    )
+    return Table(tuple(Column(h) for h in headers), tuple(rows), (*cells.notes(), note))
+
+
+def _distributions(summary: Summary) -> Table:
+    """A column for each distribution, so that no number is cut on a narrow terminal."""
+    cells = _Cells()
+    shown = [(summary.timing[name], *about) for name, about in DISTRIBUTIONS.items()]
+    rows = [("n", *(f"{found['n']:.0f}" if found else "0" for found, *_ in shown))]
+    for key, label in STATISTICS.items():
+        row = [label]
+        for found, header, factor, why_not in shown:
+            value = found[key] if found else None
+            row.append(
+                cells.plain(
+                    clean(header) if found is None else f"{label} of {clean(header)}",
+                    None if value is None else value * factor,
+                    why_not if found is None else "there is one value only",
+                )
+            )
+        rows.append(tuple(row))
+    columns = (Column(""), *(Column(header) for _, header, *_ in shown))
+    return Table(columns, tuple(rows), cells.notes())
+
+
+# ---------------------------------------------------------------- speedup
+
+
+def _speedups(pair: PairSummary) -> Facts:
+    n = sum(pair.n_pairs.values())
+    n_categories = sum(count > 0 for count in pair.n_pairs.values())
+    text = sentence(pair.overall)
+    if pair.overall.value is not None:
+        if significant(pair.overall) is False:
+            text += ", NOT SIGNIFICANT: the interval contains 1"
+        elif pair.overall.interval is None:
+            text += f", without an interval: {pair.overall.why_not}"
+        text += (
+            f". Geometric mean of the ratio of user TPS over {n} paired conversations, "
+            f"within and then over {n_categories} categories"
+        )
+    left_out = pair.n_base_only + pair.n_spec_only + pair.n_untimed
+    if left_out:
+        text += f"; {left_out} conversations are left out"
+    system = sentence(pair.system)
+    if pair.system.value is not None:
+        system += ": ratio of steady output TPS, one run of each arm and hence no interval"
+    return Facts((("User TPS", f"{text}.", "plain"), ("System", f"{system}.", "plain")))
+
+
+# ---------------------------------------------------------------- provenance
+
+
+def _provenance(summary: Summary) -> Facts:
+    manifest = summary.manifest
+    config, engine, dataset = manifest["config"], manifest["engine"], manifest["dataset"]
+    machine, prompts = manifest["environment"], manifest["prompts"]
+    turns = {"first": "first turns only", "all": "all turns"}
+    facts = {
+        "prompts": f"{prompts['n_prompts']} prompts, {turns.get(prompts['turns'], '')}; "
+        f"tokenizer {prompts['tokenizer']}",
+        "fingerprint": prompts["fingerprint"],
+        "dataset": f"{dataset['name']}, {sum(dataset['expected'].values())} rows, "
+        f"{dataset['path']}",
+        "sha256": dataset["sha256"],
+        "target": config.get("model_dir"),
+        "drafter": config.get("draft_model_dir"),
+        "sampling": _pairs(config, ("temperature", "top_p", "top_k", "ignore_eos", "seed"))
+        + f" output_length={config['output_length']}",
+        "engine": _pairs(
+            engine, ("draft_length", "max_num_seqs", "max_seq_len", "prefix_cache", "tells_drafted")
+        ),
+        "settings": _pairs(engine.get("settings", {})),
+        "unused": ", ".join(engine.get("unused", ())),
+        "versions": _pairs({"python": machine["python"], **machine["packages"]}),
+        "machine": _plain(machine.get("platform")),
+        "cpu": _plain(machine.get("cpu")),
+        "gpus": _counted(machine.get("gpus") or ()) or "none",
+        "git": _plain(machine.get("git")) or "not a checkout",
+        "command": shlex.join(machine.get("argv") or ()),
+        "sessions": ", ".join(str(s.get("started_at")) for s in manifest["sessions"]),
+        "run": summary.run_dir,
+    }
+    return Facts(tuple((name, str(text), "plain") for name, text in facts.items() if text))
+
+
+def _pairs(values: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+    """'a=1 b=two': wraps between settings, not within one."""
+    chosen = values if names is None else {name: values.get(name) for name in names}
+    return " ".join(f"{name}={_plain(value)}" for name, value in chosen.items())
+
+
+def _counted(values: Sequence[Any]) -> str:
+    """Each different value once, with how often it occurs."""
+    counts = Counter(_plain(value) for value in values)
+    return "; ".join(f"{n} x {value}" for value, n in counts.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return "; ".join(_plain(inner) for inner in value)
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

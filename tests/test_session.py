@@ -1,0 +1,230 @@
+"""Whole runs over the null engine: what is stored, resumed, refused and repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from speedbench import store
+from speedbench.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def arguments(save_dir: Path, *more: str) -> list[str]:
+    return [
+        "run", "--engine", "NULL", "--dataset", "random", "--random_isl", "4",
+        "--save_dir", str(save_dir), *more,
+    ]  # fmt: skip
+
+
+def parameters(path: Path, **engine_args: object) -> str:
+    path.write_text(json.dumps({"engine_args": engine_args}))  # JSON is YAML
+    return str(path)
+
+
+def conversations(directory: Path) -> Counter[str]:
+    """How often each conversation has a turn 0 in the stored parts, failed attempts left out."""
+    turns = store.load(directory).turns
+    return Counter(
+        name
+        for name, turn, reason in zip(
+            turns["conversation_id"].to_pylist(),
+            turns["turn"].to_pylist(),
+            turns["finish_reason"].to_pylist(),
+            strict=True,
+        )
+        if turn == 0 and reason not in store.FAILED
+    )
+
+
+def test_ten_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    n_rows, k = 1200, 3
+    slow = parameters(tmp_path / "p.yaml", real_time=True, step_ms=4, prefill_ms=4)
+    command = [
+        sys.executable, str(ROOT / "run.py"),
+        *arguments(
+            run_dir, "--num_requests", str(n_rows), "--output_length", "40", "--concurrency", "8",
+            "--speculative_algorithm", "DRAFT_TARGET", "--draft_model_dir", "none",
+            "--runtime_params", slow, "--warmup", "0",
+        )[1:],
+    ]  # fmt: skip
+    moments = random.Random(20)
+    kept: set[str] = set()
+    n_kills = 0
+    while n_kills < 10:
+        resume = ["--resume"] if (run_dir / "manifest.json").exists() else []
+        process = subprocess.Popen(
+            [*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(moments.uniform(0.6, 3.0))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        n_kills += 1
+        if (run_dir / "manifest.json").exists():
+            now = set(conversations(run_dir))
+            assert kept <= now, "a committed conversation was lost"
+            kept = now
+        if process.returncode == 0:
+            break
+    assert n_kills >= 5, "the run ended before it could be killed often enough to mean anything"
+    done = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    stored = conversations(run_dir)
+    assert len(stored) == n_rows
+    assert set(stored.values()) == {1}
+    run = store.load(run_dir)
+    assert run.manifest["status"] == "complete"
+    assert len(run.columns.conversation_ids) == n_rows
+    # Every request is whole: 40 tokens, in steps of at most K + 1.
+    assert int(run.columns.n_tokens.sum()) == 40 * n_rows
+    assert int(run.columns.n_tokens.max()) <= k + 1
+    assert len(run.manifest["sessions"]) >= 2
+
+
+def test_a_run_can_be_repeated_from_its_manifest(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert main(arguments(first, "--num_requests", "12", "--output_length", "9")) == 0
+    assert main(["run", "--config", str(first / "manifest.json"), "--save_dir", str(second)]) == 0
+    a, b = store.load(first), store.load(second)
+    assert a.manifest["prompts"]["fingerprint"] == b.manifest["prompts"]["fingerprint"]
+    ignored = {"save_dir"}
+    config_a = {k: v for k, v in a.manifest["config"].items() if k not in ignored}
+    assert config_a == {k: v for k, v in b.manifest["config"].items() if k not in ignored}
+
+
+def test_resume_of_a_finished_run_measures_nothing_more(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert main(arguments(run_dir, "--num_requests", "5", "--output_length", "4")) == 0
+    before = sorted((run_dir / "turns").iterdir())
+    assert main(["run", "--save_dir", str(run_dir), "--resume"]) == 0
+    assert sorted((run_dir / "turns").iterdir()) == before
+    assert len(store.load(run_dir).columns.conversation_ids) == 5
+
+
+def test_resume_with_another_configuration_names_the_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert main(arguments(run_dir, "--num_requests", "5", "--output_length", "4")) == 0
+    stored = (run_dir / "manifest.json").read_bytes()
+    capsys.readouterr()
+    code = main(["run", "--save_dir", str(run_dir), "--resume", "--output_length", "5"])
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "--output_length" in error
+    assert "4" in error
+    assert "5" in error
+    assert (run_dir / "manifest.json").read_bytes() == stored
+
+
+def test_what_is_too_long_is_refused_alone_counted_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], models: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    lines = [{"question_id": f"r{i}", "turns": ["word " * (5 if i else 500)]} for i in range(4)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    run_dir = tmp_path / "run"
+    code = main(
+        ["run", "--engine", "NULL", "--tokenizer", str(models / "bpe" / "target"), "--dataset",
+         "jsonl", "--dataset_path", str(data), "--output_length", "50", "--max_seq_len", "200",
+         "--save_dir", str(run_dir)]
+    )  # fmt: skip
+    assert code == 0
+    run = store.load(run_dir)
+    assert [row["id"] for row in run.manifest["refused"]] == ["r0"]
+    assert sorted(run.columns.conversation_ids) == ["r1", "r2", "r3"]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 row(s) were refused" in shown
+    assert "3/4" in shown
+
+
+def test_the_null_engine_is_never_taken_for_a_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path / "r", "--num_requests", "3", "--output_length", "4")) == 0
+    top = capsys.readouterr().out.splitlines()[:6]
+    assert any("SIMULATED" in line for line in top)
+
+
+def test_frozen_history_gives_every_arm_the_same_tokens(tmp_path: Path, models: Path) -> None:
+    source = tmp_path / "source"
+    base = [
+        "run", "--engine", "NULL", "--tokenizer", str(models / "bpe" / "target"), "--dataset",
+        "mini", "--num_requests", "44", "--output_length", "12", "--concurrency", "4",
+    ]  # fmt: skip
+    assert main([*base, "--seed", "1", "--save_dir", str(source)]) == 0
+    frozen = ["--history", "frozen", "--history_from", str(source)]
+    assert main([*base, "--seed", "1", "--save_dir", str(tmp_path / "a"), *frozen]) == 0
+    other = ["--speculative_algorithm", "DRAFT_TARGET", "--draft_model_dir", "none"]
+    assert main([*base, "--seed", "1", "--save_dir", str(tmp_path / "b"), *frozen, *other]) == 0
+
+    def hashes(directory: Path) -> dict[tuple[str, int], str]:
+        return {
+            (t["conversation_id"], t["turn"]): t["prompt_sha256"]
+            for t in store.load(directory).turns.to_pylist()
+        }
+
+    a, b = hashes(tmp_path / "a"), hashes(tmp_path / "b")
+    assert any(turn > 0 for _, turn in a)
+    assert a == b
+    # Live, the arms' replies differ, and with them the later prompts.
+    assert main([*base, "--seed", "1", "--save_dir", str(tmp_path / "c"), *other]) == 0
+    live = hashes(tmp_path / "c")
+    assert {k: v for k, v in live.items() if k[1] == 0} == {k: v for k, v in a.items() if k[1] == 0}
+    assert {k: v for k, v in live.items() if k[1] > 0} != {k: v for k, v in a.items() if k[1] > 0}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_in_order(tmp_path: Path, number: int, code: int) -> None:
+    run_dir = tmp_path / "run"
+    slow = parameters(tmp_path / "p.yaml", real_time=True, step_ms=5, prefill_ms=5)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"),
+         *arguments(run_dir, "--num_requests", "5000", "--output_length", "20",
+                    "--concurrency", "8", "--runtime_params", slow)[1:]],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not list((run_dir / "turns").glob("*.parquet")):
+        assert time.monotonic() < deadline, "nothing was stored in 30 s"
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert "--resume" in err
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert manifest["status"] == "partial"
+    assert manifest["sessions"][0]["n_uncommitted"] == 8
+    # The whole run's throughput cannot be told: eight requests' tokens are not in the records.
+    assert "n/a" in out
+
+
+def test_max_duration_ends_a_run_that_can_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    slow = parameters(tmp_path / "p.yaml", real_time=True, step_ms=2, prefill_ms=2)
+    more = ("--num_requests", "300", "--output_length", "20", "--concurrency", "8")
+    command = arguments(run_dir, *more, "--runtime_params", slow)
+    assert main([*command, "--max_duration", "0.5"]) == 0
+    n = len(store.load(run_dir).columns.conversation_ids)
+    assert 0 < n < 300
+    assert "max_duration" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert len(store.load(run_dir).columns.conversation_ids) == 300
