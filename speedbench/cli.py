@@ -481,10 +481,36 @@ def _report(argv: list[str], prog: str) -> int:
 
 
 def _print_report(directories: Sequence[Path], form: str) -> None:
+    """One run, or a baseline and a speculative run side by side, in the given form."""
+    import json
+
     from speedbench import store
+    from speedbench.report import as_json, console, markdown
+    from speedbench.report.pair import pair
     from speedbench.report.summary import summarize
 
-    print(summarize(store.load(directories[0])))
+    runs = [store.load(directory) for directory in directories]
+    both = None
+    if len(runs) == 2:
+        runs.sort(key=lambda run: run.manifest["engine"]["draft_length"] > 0)
+        both = pair(*runs)
+    elif len(runs) > 2:
+        raise UserError(
+            f"{len(runs)} runs were named: report one, or a baseline and a speculative run"
+        )
+    if form == "json":
+        found = as_json.render_pair(both) if both else as_json.render(summarize(runs[0]))
+        print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+    elif form == "markdown":
+        print(markdown.render_pair(both) if both else markdown.render(summarize(runs[0])))
+    else:
+        from rich.console import Console
+
+        screen = Console()
+        if both:
+            console.render_pair(both, screen)
+        else:
+            console.render(summarize(runs[0]), screen)
 
 
 # ---------------------------------------------------------------- calibrate

@@ -276,7 +276,7 @@ class PromptEncoder:
 def template_variables(template: str, source: str) -> list[str]:
     """What a chat template reads from its caller, beside the messages and the special tokens."""
     import jinja2
-    from jinja2 import meta, nodes
+    from jinja2 import meta
 
     # Transformers' own tag, which marks the trainable part; it changes nothing that is rendered.
     plain = re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", template)
@@ -287,8 +287,7 @@ def template_variables(template: str, source: str) -> list[str]:
             f"the chat template of {source} is not valid ({_first_line(error)}): mend it, or add "
             "--completions"
         ) from None
-    own = {macro.name for macro in tree.find_all(nodes.Macro)}
-    names = meta.find_undeclared_variables(tree) - own - _NOT_ARGUMENTS
+    names = meta.find_undeclared_variables(tree) - _NOT_ARGUMENTS
     return sorted(name for name in names if not name.endswith("_token"))
 
 

@@ -83,9 +83,12 @@ def test_speed_folder_prefers_test_parquet(tmp_path: Path) -> None:
 
 
 def test_speed_folder_of_parts_is_read_in_name_order(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "test-00001-of-00002.parquet", [row(3), row(1)])
-    write_parquet(tmp_path / "test-00000-of-00002.parquet", [row(2)])
-    assert [r.id for r in load(config("speed", tmp_path)).rows] == ["q2", "q3", "q1"]
+    for part in (4, 1, 5, 0, 3, 2):
+        write_parquet(
+            tmp_path / f"test-0000{part}-of-00006.parquet", [row(9 - part), row(20 + part)]
+        )
+    expected = ["q9", "q20", "q8", "q21", "q7", "q22", "q6", "q23", "q5", "q24", "q4", "q25"]
+    assert [r.id for r in load(config("speed", tmp_path)).rows] == expected
 
 
 def test_speed_default_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +148,9 @@ def test_own_jsonl_with_renamed_fields(tmp_path: Path) -> None:
         Conversation("a", "x", ("one",)),
         Conversation("b", "y", ("one", "two")),
     )
-    missing = {"category_field": "topic", "turns_field": "text"}
-    assert "has no topic (found: uid, domain, text, turns)" in refused(
-        config("jsonl", path, dataset_kwargs=missing)
-    )
+    for missing in ("id_field", "category_field", "turns_field"):  # who names a field has it
+        message = refused(config("jsonl", path, dataset_kwargs={**names, missing: "topic"}))
+        assert "line 1 has no topic (found: uid, domain, text, turns)" in message
 
 
 def test_jsonl_text_may_hold_any_character(tmp_path: Path) -> None:

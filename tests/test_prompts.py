@@ -66,7 +66,7 @@ def byte_level(specials: Sequence[str] = SPECIAL) -> Tokenizer:
 
 
 def word_level(unknown: bool = True) -> Tokenizer:
-    words = ["<s>", "</s>", "<unk>", "red", "green", "blue"]
+    words = ["<s>", "</s>", "<unk>", "red", "green", "blue", "."]
     vocabulary = {word: i for i, word in enumerate(words) if unknown or word != "<unk>"}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>" if unknown else None))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -308,7 +308,7 @@ def test_word_level_tokenizers(tmp_path: Path) -> None:
         tokenizer = adds(word_level(unknown), "<s> $A", "<s>")
         prompt = encoder(save(tmp_path / str(unknown), tokenizer, template))
         assert prompt.encode_first_turns([row("red blue blue")]) == [[0, 3, 5, 5]]
-        assert prompt.reply_text([4, 3, 1]) == "green red"
+        assert prompt.reply_text([4, 6, 3, 1]) == "green . red"
     message = refused(lambda: prompt.encode_first_turns([row("purple")]))
     assert "cannot encode a prompt (" in message
     assert "use a tokenizer that knows every character" in message
@@ -512,6 +512,23 @@ def test_eos_ids_of_model_and_tokenizer(tmp_path: Path) -> None:
     other = {"tokenizer": str(folder)}
     assert encoder(tmp_path / "b", **other).eos_token_ids == (1, 3, 7, 8, 9)
     assert encoder(None, **other).eos_token_ids == (1,)
+
+
+def test_eos_ids_of_a_model_on_the_hub(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def download(repository: str, name: str) -> str:
+        assert repository == "some-org/some-model"
+        if name == "config.json":
+            raise FileNotFoundError("not there")
+        (tmp_path / name).write_text('{"eos_token_id": [5, 6]}')
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    prompt = encoder("some-org/some-model", tokenizer=str(folders["nobody"]))
+    assert prompt.eos_token_ids == (1, 5, 6)
 
 
 def test_bad_eos_id_and_damaged_config(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from speedbench.checks import Check
-from speedbench.report.layout import clean, title
+from speedbench.report.layout import DISTRIBUTIONS, clean, title
 from speedbench.report.pair import PairSummary, significant
 from speedbench.report.summary import DEFINITIONS, Figure, Summary
 
@@ -70,7 +70,10 @@ def _run(summary: Summary) -> dict[str, Any]:
             },
             "per_gpu": _figure(summary.output_tps_per_gpu),
         },
-        "timing": dict(summary.timing),
+        "timing": {
+            name: found or {"n": 0, "why_not": DISTRIBUTIONS[name][2]}
+            for name, found in summary.timing.items()
+        },
         "manifest": summary.manifest,
     }
 

@@ -29,8 +29,7 @@ WORDS_WIDTH = 20
 """Columns of words are not made narrower than this while there is another way to fit."""
 
 ROOMY, COMPACT, DENSE = range(3)
-PER_COLUMN = (3, 2, 1)
-"""Characters of lines and padding that a column takes in each style, from roomy to dense."""
+"""Styles of a table: every line drawn; columns two blanks apart; one blank apart."""
 
 
 def render(summary: Summary, console: Console) -> None:
@@ -74,13 +73,15 @@ def _facts(facts: Facts) -> RichTable:
 def _draw_table(table: Table, console: Console) -> None:
     """With all its lines where there is room, else without; wider than the terminal before a
     number is cut."""
-    needed = [_cells_width(table) + per * len(table.columns) + 1 for per in PER_COLUMN]
+    cells, gaps = _cells_width(table), len(table.columns) - 1
+    needed = (cells + 3 * gaps + 4, cells + 2 * gaps, cells + gaps)
     style = next((s for s in (ROOMY, COMPACT) if needed[s] <= console.width), DENSE)
     drawn = RichTable(
         box=box.HEAVY_HEAD if style == ROOMY else box.SIMPLE_HEAD,
         padding=((0, 1), (0, 1, 0, 0), 0)[style],
         pad_edge=style == ROOMY,
         show_edge=style == ROOMY,
+        width=needed[DENSE] if needed[DENSE] > console.width else None,
         header_style="bold",
     )
     for column in table.columns:
@@ -95,7 +96,7 @@ def _draw_table(table: Table, console: Console) -> None:
         if table.total and row is table.rows[-1]:
             drawn.add_section()
         drawn.add_row(*(Text(clean(cell)) for cell in row))
-    console.print(drawn, crop=False, width=max(console.width, needed[DENSE]))
+    console.print(drawn, crop=False)
     for note in table.notes:
         console.print(Text(clean(note), "dim"))
 

@@ -258,7 +258,7 @@ def _acceptance(summary: Summary, categories: Table) -> Iterator[Block]:
 
 
 def _histogram(counts: Sequence[int]) -> str:
-    return str({n: count for n, count in enumerate(counts, 1)})
+    return str(dict(enumerate(counts, 1)))
 
 
 def _steps(summary: Summary) -> str:
@@ -294,7 +294,8 @@ def _category_table(summary: Summary, pair: PairSummary | None = None) -> Table:
     cells = _Cells()
     baseline = summary.draft_length == 0
     known = any(row.expected_al is not None for row in summary.categories)
-    columns = [Column("Category", words=True), Column("n/n"), Column("Average AL")]
+    columns = [Column("Category", words=True), Column("n/n")]
+    columns.append(Column("Average\nAL" if pair else "Average AL"))
     columns += [] if baseline else [Column("95 % interval")]
     columns += [Column("Closed\nform")] if known else []
     columns += [Column("Speedup"), Column("95 % interval")] if pair else []
@@ -382,7 +383,7 @@ def _published(summary: Summary) -> Verbatim:
             "Acceptance Length Histogram",
             _histogram(histogram),
             "Conditional acceptance rate",
-            "1 1.0",
+            "1 1.0" if sum(histogram) else f"1 {NO_VALUE} (no steps)",
             *rates,
             f"Token-weighted AL {sentence(summary.published_al_step)} "
             f"({tokens} tokens in {sum(histogram)} steps)",
@@ -404,7 +405,7 @@ DISTRIBUTIONS: Mapping[str, tuple[str, float, str]] = {
     ),
     "output_tokens": ("Number of\nOutput\nTokens", 1, "no request ended"),
 }
-"""Distributions by their published names: header, factor from the stored unit, why there is none."""
+"""By their published names: header, factor from the stored unit, and why there may be none."""
 
 STATISTICS: Mapping[str, str] = {
     "min": "min",

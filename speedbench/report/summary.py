@@ -117,7 +117,7 @@ def summarize(run: Run) -> Summary:
         kinds={
             "verify": counts.n_verify,
             "plain": counts.n_plain,
-            "decode, draft not told": counts.n_decode - counts.n_verify - counts.n_plain,
+            "decode (draft not told)": counts.n_decode - counts.n_verify - counts.n_plain,
             "merged": counts.n_merged,
             "prefill": counts.n_events - counts.n_decode - counts.n_merged,
         },

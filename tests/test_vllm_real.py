@@ -1,0 +1,288 @@
+"""Real vLLM in its production layout, held against the closed form. Minutes, not seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engines
+from speedbench import calibrate, session, store
+from speedbench.calibration.verdict import Fault
+from speedbench.config import RunConfig, from_dict
+from speedbench.report.summary import summarize
+from speedbench.types import Engine, EngineCounters, EngineInfo, Request, Step
+
+pytestmark = pytest.mark.real
+ROOT = Path(__file__).parent.parent
+EAGER = {"enforce_eager": True}
+
+
+@pytest.fixture(scope="session")
+def eager_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("yaml") / "eager.yaml"
+    path.write_text("engine_args: {enforce_eager: true}\n")
+    return path
+
+
+def config(models: Path, pair: str, save_dir: Path, **changes: Any) -> RunConfig:
+    return from_dict(
+        {
+            "engine": "VLLM",
+            "model_dir": str(models / pair / "target"),
+            "draft_model_dir": str(models / pair / "draft"),
+            "speculative_algorithm": "DRAFT_TARGET",
+            "draft_length": 3,
+            "dataset": "calibration" if pair == "word" else "mini",
+            "concurrency": 16,
+            "output_length": 40,
+            "engine_args": EAGER,
+            "warmup": 4,
+            "save_dir": str(save_dir),
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One vLLM with the word pair and K = 3, for every test that needs no other."""
+    settings = config(models, "word", tmp_path_factory.mktemp("none")).engine_settings(None)
+    running = engines.adapter("VLLM")(settings)
+    yield running
+    running.close()
+
+
+def measured(
+    engine: Engine, settings: RunConfig
+) -> tuple[store.Run, session.Prepared, session.Outcome]:
+    prepared = session.prepare(settings)
+    directory = Path(settings.save_dir or "")
+    outcome = session.measure(settings, prepared, engine, session.Target(directory))
+    return store.load(directory), prepared, outcome
+
+
+def test_every_step_of_every_request_is_the_known_one(eager_yaml: Path, tmp_path: Path) -> None:
+    """NONE, DRAFT_TARGET (K 1, 3, 5), NGRAM at concurrency 1, 8, 64 and 5, 20, 128 tokens; sampled;
+    natural multi-turn prompts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "speedbench", "calibrate", "--engine", "VLLM",
+         "--runtime_params", str(eager_yaml), "--save_dir", str(tmp_path / "calibrate")],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    cases = re.findall(r"^(word|bpe)-(\S+)\s+(\d+)\s+(\d+)\s+(.+)$", done.stdout, re.MULTILINE)
+    # 9 cells for NONE, NGRAM and each of three K; one sampled; one with natural prompts.
+    assert len(cases) == 5 * 9 + 1 + 1, done.stdout
+    assert {verdict for *_, verdict in cases} == {"exact", "within its interval"}
+    assert all(int(requests) >= 33 and int(steps) > 0 for _, _, requests, steps, _ in cases)
+
+
+def test_acceptance_lengths_and_counters_agree_with_the_closed_form(
+    engine: Engine, models: Path, tmp_path: Path
+) -> None:
+    run, prepared, _ = measured(engine, config(models, "word", tmp_path / "run"))
+    known = calibrate.known_answer(tmp_path / "run", prepared)
+    assert known is not None
+    assert known["ok"], known["sentence"]
+    store.write_manifest(tmp_path / "run", {**run.manifest, "known_answer": known})
+    summary = summarize(store.load(tmp_path / "run"))
+    assert len(summary.categories) == 11
+    for row in summary.categories:
+        assert row.n_complete == row.n_expected == 22
+        assert row.lengths["al"].value == pytest.approx(row.expected_al, abs=1e-12)
+    assert [c for c in summary.checks if c.level != "note"] == []
+    # 1 + accepted / drafts of the engine's own counters is the same number: every decode step
+    # was drafted, and counters are not cut.
+    assert summary.lengths["al_engine"].value == pytest.approx(
+        summary.lengths["al_step"].value, abs=1e-12
+    )
+    engine_info = run.manifest["engine"]
+    assert (engine_info["draft_length"], engine_info["max_num_seqs"]) == (3, 16)
+    assert engine_info["prefix_cache"] is False
+
+
+# ---------------------------------------------------------------- injected faults
+
+
+@dataclass
+class Faulty:
+    """A real engine whose records are spoiled on the way, one fault at a time."""
+
+    engine: Engine
+    spoil: Callable[[Sequence[Step]], Sequence[Step]]
+
+    def submit(self, request: Request) -> None:
+        self.engine.submit(request)
+
+    def poll(self) -> Sequence[Step]:
+        return self.spoil(self.engine.poll())
+
+    def counters(self) -> EngineCounters | None:
+        return self.engine.counters()
+
+    def describe(self) -> EngineInfo:
+        return self.engine.describe()
+
+    def close(self) -> None:
+        pass
+
+
+class Merging:
+    """Two consecutive steps of a request arrive as one, as when a consumer lags."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Step] = {}
+
+    def __call__(self, steps: Sequence[Step]) -> list[Step]:
+        out = []
+        for step in steps:
+            first = self.held.pop(step.request_id, None)
+            if first is not None:
+                step = step._replace(token_ids=[*first.token_ids, *step.token_ids], detail=None)
+            elif step.finish_reason is None and len(step.token_ids) > 1:
+                self.held[step.request_id] = step
+                continue
+            out.append(step._replace(detail=None))
+        return out
+
+
+def prefill_counted(steps: Sequence[Step]) -> list[Step]:
+    """The prefill is told to be a verification that accepted nothing."""
+    return [
+        s._replace(detail=[(0, 3), *s.detail[1:]]) if s.detail is not None else s for s in steps
+    ]
+
+
+def final_counted(steps: Sequence[Step]) -> list[Step]:
+    """The cut last step is told to have accepted just what it shows."""
+    return [
+        s._replace(detail=[*s.detail[:-1], (len(s.token_ids) - 1, s.detail[-1][1])])
+        if s.detail is not None and len(s.detail) > 1
+        else s
+        for s in steps
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (Merging(), "merged events"),
+        (prefill_counted, "prefill counted"),
+        (final_counted, "final step counted"),
+    ],
+)
+def test_a_spoiled_record_is_noticed_and_named(
+    engine: Engine, models: Path, tmp_path: Path, spoil: Any, fault: Fault
+) -> None:
+    settings = config(models, "word", tmp_path / "run", num_requests=55)
+    run, prepared, _ = measured(Faulty(engine, spoil), settings)
+    verdict = calibrate.judge(run, prepared)
+    assert (verdict.ok, verdict.fault) == (False, fault), verdict.sentence
+
+
+def test_another_k_than_asked_for_is_noticed_and_named(
+    engine: Engine, models: Path, tmp_path: Path
+) -> None:
+    run, prepared, _ = measured(engine, config(models, "word", tmp_path / "run", num_requests=55))
+    case = calibrate.case_of(run, prepared.stop_token_ids)
+    verdict = calibrate.judge(run, prepared, replace(case, draft_length=2))
+    assert (verdict.ok, verdict.fault) == (False, "off-by-one K"), verdict.sentence
+
+
+def test_a_swapped_drafter_is_noticed_and_named(models: Path, tmp_path: Path) -> None:
+    settings = config(
+        models, "word", tmp_path / "run", draft_model_dir=str(models / "word" / "target"),
+        num_requests=55,
+    )  # fmt: skip
+    running = engines.adapter("VLLM")(settings.engine_settings(None))
+    try:
+        run, prepared, _ = measured(running, settings)
+    finally:
+        running.close()
+    verdict = calibrate.judge(run, prepared)
+    assert (verdict.ok, verdict.fault) == (False, "swapped drafter"), verdict.sentence
+
+
+# ---------------------------------------------------------------- a lagging consumer
+
+
+def test_a_lagging_consumer_changes_no_step(engine: Engine, models: Path, tmp_path: Path) -> None:
+    """Chunks of vLLM's async API merge under this load; recorded steps must not."""
+
+    def lag(steps: Sequence[Step]) -> Sequence[Step]:
+        time.sleep(0.001 * len(steps))
+        return steps
+
+    settings = config(models, "word", tmp_path / "run", num_requests=88)
+    run, prepared, _ = measured(Faulty(engine, lag), settings)
+    verdict = calibrate.judge(run, prepared)
+    assert verdict.ok, verdict.sentence
+    assert (run.columns.engine_steps == 1).all()
+
+
+# ---------------------------------------------------------------- faults of requests and runs
+
+
+def test_a_request_the_engine_refuses_is_recorded_and_the_others_go_on(
+    engine: Engine, models: Path, tmp_path: Path
+) -> None:
+    settings = config(models, "word", tmp_path / "run", num_requests=22)
+    prepared = session.prepare(settings)
+    victim = prepared.rows[7].id
+    prompts = dict(prepared.prompts)
+    vocabulary = 10**6  # no such token
+    prompts[victim, 0] = replace(prompts[victim, 0], token_ids=[vocabulary])
+    spoiled = replace(prepared, prompts=prompts)
+    outcome = session.measure(settings, spoiled, engine, session.Target(tmp_path / "run"))
+    run = store.load(tmp_path / "run")
+    assert (outcome.end.reason, outcome.n_failed) == ("finished", 1)
+    assert run.columns.conversation_ids[int(run.columns.failed.argmax())] == victim
+    assert len(run.columns.conversation_ids) == 22
+    summary = summarize(run)
+    assert (summary.n_failed, summary.n_conversations) == (1, 21)
+
+
+def children_of(pid: int) -> list[int]:
+    done = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
+    found = [int(word) for word in done.stdout.split()]
+    return found + [grandchild for child in found for grandchild in children_of(child)]
+
+
+def test_ctrl_c_ends_in_order_and_leaves_no_process(
+    models: Path, eager_yaml: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "--engine", "VLLM", "--model_dir",
+         str(models / "word/target"), "--draft_model_dir", str(models / "word/draft"),
+         "--speculative_algorithm", "DRAFT_TARGET", "--dataset", "calibration", "--concurrency",
+         "2", "--output_length", "400", "--ignore_eos", "--runtime_params", str(eager_yaml),
+         "--save_dir", str(run_dir)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list((run_dir / "turns").glob("*.parquet")):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline, "nothing was stored in 120 s"
+        time.sleep(0.1)
+    family = children_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the engine's processes too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err[-3000:]
+    assert store.read_manifest(run_dir)["status"] in ("partial", "failed")
+    assert len(store.load(run_dir).columns.conversation_ids) > 0
+    assert "Acceptance" in out
+    time.sleep(1)
+    assert [pid for pid in family if Path(f"/proc/{pid}/cmdline").exists()] == []
