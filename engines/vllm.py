@@ -362,6 +362,7 @@ class VllmEngine:
             max_seq_len=int(model.max_model_len),
             max_num_seqs=int(scheduler.max_num_seqs),
             prefix_cache=bool(cache.enable_prefix_caching),
+            vocab_size=int(model.get_vocab_size()),
             tells_drafted=True,
             settings=settings,
             unused=self._unused,

@@ -183,6 +183,10 @@ def _run_configured(config: RunConfig, resume_dir: Path | None, signals: _Signal
         if resume_dir is not None
         else session.Target(directory)
     )
+    if target.is_complete(prepared):
+        _print_report([directory], "console")
+        print(f"\n{directory} was complete already: nothing was measured", file=sys.stderr)
+        return OK
     if config.trust_remote_code:
         print("note: --trust_remote_code runs code that ships with the checkpoint", file=sys.stderr)
     _say(f"starting {config.engine}", config)
@@ -257,6 +261,7 @@ def _configuration(given: dict[str, Any]) -> tuple[RunConfig, Path | None]:
             raise UserError("--resume needs --save_dir: name the run directory to continue")
         resume_dir = Path(flags["save_dir"])
         values = dict(store.read_manifest(resume_dir)["config"])
+        values.update(max_duration=None, show_progress=False)  # of that session, not of the run
     elif "config" in outside:
         path = Path(outside["config"])
         manifest = store.read_manifest(path if path.is_dir() else path.parent)
@@ -398,6 +403,7 @@ class _Signals:
         self.received = number
         if again or not self._graceful:
             raise KeyboardInterrupt
+        print("\nspeedbench: stopping; once more ends it at once", file=sys.stderr)
 
     def why(self) -> str | None:
         return (

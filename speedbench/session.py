@@ -182,6 +182,11 @@ class Target:
     def session(self) -> int:
         return len(self.manifest.get("sessions", []))
 
+    def is_complete(self, prepared: Prepared) -> bool:
+        """Whether a stored run holds all that it can: every row committed, or refused."""
+        refused = {row["id"] for row in self.manifest.get("refused", [])}
+        return bool(self.manifest) and {row.id for row in prepared.rows} <= self.done | refused
+
 
 def resumed_target(directory: Path, config: RunConfig, prepared: Prepared) -> Target:
     """Continue a stored run. Raises UserError, naming the field, if it measured something else."""
@@ -259,7 +264,11 @@ def measure(
         )
         if progress is not None:
             progress.n_rows, progress.loop = len(rows), loop
-        end = loop.run(rows)
+        try:
+            end = loop.run(rows)
+        except BaseException:  # ended at once by the user: keep what was committed
+            writer.close()
+            raise
         try:
             writer.close()
         finally:
@@ -302,20 +311,19 @@ def _same_engine(info: EngineInfo, target: Target) -> None:
 def _within_limit(
     config: RunConfig, prepared: Prepared, info: EngineInfo
 ) -> tuple[list[Conversation], list[dict[str, Any]]]:
-    """Rows whose known prompts leave room for the output, and a record of each that is refused."""
-    rows, refused = [], []
+    """Rows whose known prompts the engine can take, and a record of each that is refused."""
+    rows: list[Conversation] = []
+    refused: list[dict[str, Any]] = []
     for row in prepared.rows:
-        lengths = [
-            len(prepared.prompts[row.id, turn].token_ids)
-            for turn in range(row.n_turns)
-            if (row.id, turn) in prepared.prompts
-        ]
-        if reason := _too_long(max(lengths), config.output_length, info.max_seq_len):
+        known = [p for t in range(row.n_turns) if (p := prepared.prompts.get((row.id, t)))]
+        longest = max(known, key=lambda prompt: len(prompt.token_ids))
+        reasons = (_unfit(prompt, config.output_length, info) for prompt in known)
+        if reason := next(filter(None, reasons), ""):
             refused.append(
                 {
                     "id": row.id,
                     "category": row.category,
-                    "n_prompt_tokens": max(lengths),
+                    "n_prompt_tokens": len(longest.token_ids),
                     "reason": reason,
                 }
             )
@@ -323,19 +331,28 @@ def _within_limit(
             rows.append(row)
     if not rows:
         raise UserError(
-            f"all {len(refused)} rows are too long, the first because {refused[0]['reason']}: "
-            "lower --output_length, or raise --max_seq_len as far as the model allows"
+            f"none of the {len(refused)} rows can be asked, the first because "
+            f"{refused[0]['reason']}"
         )
     return rows, refused
 
 
-def _too_long(n_prompt: int, output_length: int, limit: int | None) -> str:
-    if limit is None or n_prompt + output_length <= limit:
-        return ""
-    return (
-        f"its prompt of {n_prompt} tokens and an output of {output_length} exceed the engine's "
-        f"limit of {limit}"
-    )
+def _unfit(prompt: Prompt, output_length: int, info: EngineInfo) -> str:
+    """Why the engine cannot take a prompt, or ''. A token outside the vocabulary would not fail
+    its own request: it kills the engine."""
+    n_prompt = len(prompt.token_ids)
+    if info.max_seq_len is not None and n_prompt + output_length > info.max_seq_len:
+        return (
+            f"its prompt of {n_prompt} tokens and an output of {output_length} exceed the engine's "
+            f"limit of {info.max_seq_len}: lower --output_length, or raise --max_seq_len as far as "
+            "the model allows"
+        )
+    if info.vocab_size is not None and max(prompt.token_ids, default=0) >= info.vocab_size:
+        return (
+            f"it holds token {max(prompt.token_ids)}, the model's vocabulary ends at "
+            f"{info.vocab_size}: use the tokenizer that belongs to the model"
+        )
+    return ""
 
 
 def _prompt_source(
@@ -344,9 +361,11 @@ def _prompt_source(
     """First (or frozen) turns from memory; a live later turn is encoded when it is asked for."""
 
     def prompt_for(row: Conversation, turn: int, replies: Sequence[Sequence[int]]) -> Prompt:
-        prompt = prompt_of(prepared, row, turn, replies)
-        n_prompt = len(prompt.token_ids)
-        if turn and (reason := _too_long(n_prompt, config.output_length, info.max_seq_len)):
+        try:
+            prompt = prompt_of(prepared, row, turn, replies)
+        except UserError as refusal:  # a template that does not take this turn
+            raise PromptRefusedError(str(refusal)) from None
+        if turn and (reason := _unfit(prompt, config.output_length, info)):
             raise PromptRefusedError(f"turn {turn} was refused: {reason}")
         return prompt
 
@@ -384,9 +403,9 @@ def _warm_up(
         )
         for i in range(config.n_warmup)
     ]
-    limit = engine.describe().max_seq_len
+    info = engine.describe()
     output_length = min(config.output_length, WARMUP_TOKENS)
-    rows = [r for r in rows if not _too_long(len(r.token_turns[0]), output_length, limit)]
+    rows = [r for r in rows if not _unfit(Prompt(r.token_turns[0], ""), output_length, info)]
     Loop(
         engine,
         lambda row, turn, _replies: Prompt(row.token_turns[turn], ""),

@@ -163,6 +163,7 @@ class EngineInfo:
 
     draft_length  the number of tokens the engine really drafts per step (0: no speculation)
     max_seq_len   longest prompt + output the engine takes (None: no limit known)
+    vocab_size    token IDs it takes are below this (None: not known)
     tells_drafted it reports, per step, whether and how many tokens were drafted
     simulated     its clock and acceptances are made up: nothing it says is a measurement
     settings      everything else worth comparing between runs
@@ -175,6 +176,7 @@ class EngineInfo:
     max_seq_len: int | None
     max_num_seqs: int | None
     prefix_cache: bool | None
+    vocab_size: int | None = None
     tells_drafted: bool = False
     simulated: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -259,6 +260,9 @@ def test_build_is_deterministic_and_idempotent(pairs: Path, tmp_path: Path) -> N
     before = {path: path.stat().st_mtime_ns for path in pairs.rglob("*")}
     build(pairs)
     assert {path: path.stat().st_mtime_ns for path in pairs.rglob("*")} == before
+    build(tmp_path / "again")
+    assert _tree(tmp_path / "again") == _tree(pairs)
+    shutil.rmtree(tmp_path / "again" / "bpe")
     build(tmp_path / "again")
     assert _tree(tmp_path / "again") == _tree(pairs)
     (tmp_path / "again" / "build.json").write_text('{"version": 0}')

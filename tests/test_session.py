@@ -112,7 +112,9 @@ def test_resume_of_a_finished_run_measures_nothing_more(tmp_path: Path) -> None:
     before = sorted((run_dir / "turns").iterdir())
     assert main(["run", "--save_dir", str(run_dir), "--resume"]) == 0
     assert sorted((run_dir / "turns").iterdir()) == before
-    assert len(store.load(run_dir).columns.conversation_ids) == 5
+    run = store.load(run_dir)
+    assert len(run.columns.conversation_ids) == 5
+    assert len(run.manifest["sessions"]) == 1  # so its throughput can still be told
 
 
 def test_resume_with_another_configuration_names_the_field(
@@ -227,4 +229,6 @@ def test_max_duration_ends_a_run_that_can_be_resumed(
     assert 0 < n < 300
     assert "max_duration" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
-    assert len(store.load(run_dir).columns.conversation_ids) == 300
+    run = store.load(run_dir)
+    assert len(run.columns.conversation_ids) == 300
+    assert len(run.manifest["sessions"]) == 2  # the cap was the first session's alone

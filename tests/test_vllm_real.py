@@ -240,8 +240,7 @@ def test_a_request_the_engine_refuses_is_recorded_and_the_others_go_on(
     prepared = session.prepare(settings)
     victim = prepared.rows[7].id
     prompts = dict(prepared.prompts)
-    vocabulary = 10**6  # no such token
-    prompts[victim, 0] = replace(prompts[victim, 0], token_ids=[vocabulary])
+    prompts[victim, 0] = replace(prompts[victim, 0], token_ids=[])  # vLLM takes no empty prompt
     spoiled = replace(prepared, prompts=prompts)
     outcome = session.measure(settings, spoiled, engine, session.Target(tmp_path / "run"))
     run = store.load(tmp_path / "run")
@@ -250,6 +249,23 @@ def test_a_request_the_engine_refuses_is_recorded_and_the_others_go_on(
     assert len(run.columns.conversation_ids) == 22
     summary = summarize(run)
     assert (summary.n_failed, summary.n_conversations) == (1, 21)
+
+
+def test_a_token_outside_the_vocabulary_is_refused_before_it_kills_the_engine(
+    engine: Engine, models: Path, tmp_path: Path
+) -> None:
+    settings = config(models, "word", tmp_path / "run", num_requests=11)
+    prepared = session.prepare(settings)
+    victim = prepared.rows[3].id
+    prompts = dict(prepared.prompts)
+    prompts[victim, 0] = replace(prompts[victim, 0], token_ids=[5, 10**6])
+    spoiled = replace(prepared, prompts=prompts)
+    outcome = session.measure(settings, spoiled, engine, session.Target(tmp_path / "run"))
+    assert outcome.end.reason == "finished"
+    run = store.load(tmp_path / "run")
+    assert [row["id"] for row in run.manifest["refused"]] == [victim]
+    assert "1000000" in run.manifest["refused"][0]["reason"]
+    assert len(run.columns.conversation_ids) == 10
 
 
 def children_of(pid: int) -> list[int]:

@@ -26,6 +26,7 @@ from speedbench.types import UserError
 
 VERSION = 1
 """Raise it whenever a built file would differ."""
+PAIRS = ("word", "bpe")
 BUILD_FILE = "build.json"
 PROMPTS_FILE = "calibration_prompts.jsonl"
 CORPUS = Path(__file__).parents[2] / "data" / "mini" / "prompts.jsonl"
@@ -70,7 +71,8 @@ def build(out: Path, corpus: Path = CORPUS) -> None:
         ) from None
     stamp = json.dumps({"version": VERSION, "corpus_sha256": hashlib.sha256(text).hexdigest()})
     stamp_file = out / BUILD_FILE
-    if stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp:
+    complete = all((out / pair / "target" / KNOWN_ANSWER_FILE).is_file() for pair in PAIRS)
+    if complete and stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp:
         return
     out.mkdir(parents=True, exist_ok=True)
     stamp_file.unlink(missing_ok=True)

@@ -1,0 +1,314 @@
+"""The run directory: round trip, damage, resumption, formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from speedbench import store
+from speedbench.types import ConversationRecord, Step, TurnRecord, UserError
+from tests.builders import conversation, manifest, stored, told, turn, write_part
+
+
+def run_of_three_parts(directory: Path) -> Path:
+    """Conversations a (part 0), b and c (part 1), d (part 2), all of one category."""
+    store.create(directory)
+    store.write_manifest(directory, manifest(expected={"cat": 4}))
+    for names in ("a", "bc", "d"):
+        write_part(directory, [conversation(n, "cat", [1, 2, 4], [1, 4]) for n in names])
+    return directory
+
+
+# --- round trip -----------------------------------------------------------------------------------
+
+
+def test_everything_recorded_comes_back(tmp_path: Path) -> None:
+    steps = [
+        Step("r0", 1_000, [5], 1, 0, 0),
+        Step("r0", 2_000, [6, 7], 1, 1, 3),
+        Step("r0", 3_000, [8, 9, 10], 2, None, None, "stop"),
+    ]
+    first = TurnRecord("r0", 0, 17, "ab", 500, "stop", None, steps)
+    second = TurnRecord("r1", 1, 33, "cd", -1, "refused", "too long", [])
+    run = stored(tmp_path / "r", [ConversationRecord("c", "math", (first, second))])
+    assert run.turns.to_pylist() == [
+        {
+            "request_id": "r0",
+            "session": 0,
+            "conversation_id": "c",
+            "category": "math",
+            "turn": 0,
+            "n_prompt_tokens": 17,
+            "prompt_sha256": "ab",
+            "submitted_ns": 500,
+            "finish_reason": "stop",
+            "error": None,
+            "output_token_ids": [5, 6, 7, 8, 9, 10],
+        },
+        {
+            "request_id": "r1",
+            "session": 0,
+            "conversation_id": "c",
+            "category": "math",
+            "turn": 1,
+            "n_prompt_tokens": 33,
+            "prompt_sha256": "cd",
+            "submitted_ns": -1,
+            "finish_reason": "refused",
+            "error": "too long",
+            "output_token_ids": [],
+        },
+    ]
+    columns = run.columns
+    assert columns.request.tolist() == [0, 0, 0]
+    assert columns.step.tolist() == [0, 1, 2]
+    assert columns.time_ns.tolist() == [1_000, 2_000, 3_000]
+    assert columns.n_tokens.tolist() == [1, 2, 3]
+    assert columns.engine_steps.tolist() == [1, 1, 2]
+    assert columns.accepted.tolist() == [0, 1, -1]
+    assert columns.drafted.tolist() == [0, 3, -1]
+    assert columns.finished.tolist() == [True, False]
+    assert columns.failed.tolist() == [True]
+
+
+def test_detail_told_at_the_end_replaces_what_steps_said(tmp_path: Path) -> None:
+    run = stored(tmp_path / "r", [conversation("c", "a", turn("r", [1, 3], told=told([1, 3], 4)))])
+    assert run.columns.accepted.tolist() == [0, 2]
+    assert run.columns.drafted.tolist() == [0, 4]
+
+
+def test_steps_belong_to_their_request_by_name_not_by_place(tmp_path: Path) -> None:
+    """Trap 13: the stored order of steps does not matter."""
+    records = [conversation("c", "a", [1, 4, 2], [1, 3]), conversation("d", "b", [1, 1, 1, 1])]
+    run = stored(tmp_path / "r", records)
+    path = run.directory / "steps" / "00000.parquet"
+    table = pq.read_table(path)
+    order = np.random.default_rng(0).permutation(len(table))
+    assert order.tolist() != sorted(order)
+    pq.write_table(table.take(order), path)
+    columns = store.load(run.directory).columns
+    assert columns.n_tokens.tolist() == [1, 4, 2, 1, 3, 1, 1, 1, 1]
+    assert columns.request.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    assert columns.conversation.tolist() == [0, 0, 1]
+
+
+def test_first_and_last_steps_of_requests_some_of_which_have_none(tmp_path: Path) -> None:
+    empty = TurnRecord("e", 0, 1, "", 0, "error", "refused by the engine", [])
+    records = [
+        conversation("a", "x", [1, 2]),
+        ConversationRecord("b", "x", (empty,)),
+        conversation("c", "x", [1]),
+    ]
+    columns = stored(tmp_path / "r", records).columns
+    assert columns.n_requests == 3
+    first, last = columns.first_and_last()
+    assert (first.tolist(), last.tolist()) == ([0, 2], [1, 2])
+    assert columns.is_last().tolist() == [False, True, True]
+
+
+def test_a_run_without_any_record_loads(tmp_path: Path) -> None:
+    run = stored(tmp_path / "r", [], expected={"cat": 2})
+    assert run.columns.n_requests == 0
+    assert run.columns.categories == ("cat",)
+    first, last = run.columns.first_and_last()
+    assert len(first) == len(last) == 0
+    assert len(run.columns.is_last()) == 0
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["turns", "steps"])
+@pytest.mark.parametrize("keep", [0, 4, 200, 0.5, -8, -1])
+def test_a_truncated_part_is_told_and_the_others_survive(
+    tmp_path: Path, folder: str, keep: float
+) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    path = directory / folder / "00001.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    run = store.load(directory)
+    (sentence,) = run.damage
+    assert "00001" in sentence
+    assert run.columns.conversation_ids == ("a", "d")
+    assert run.columns.n_tokens.tolist() == [1, 2, 4, 1, 4] * 2
+    assert store.committed(directory) == {"a": True, "d": True}
+
+
+@pytest.mark.parametrize("folder", ["turns", "steps"])
+def test_a_missing_or_foreign_part_is_told(tmp_path: Path, folder: str) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    path = directory / folder / "00000.parquet"
+    path.write_bytes(b"PAR1 this is no parquet file PAR1")
+    assert store.load(directory).columns.conversation_ids == ("b", "c", "d")
+    if folder == "steps":
+        path.unlink()
+        run = store.load(directory)
+        assert run.columns.conversation_ids == ("b", "c", "d")
+        assert len(run.damage) == 1
+
+
+def test_what_a_damaged_part_held_is_measured_again_beside_it(tmp_path: Path) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    path = directory / "steps" / "00001.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    write_part(directory, [conversation(n, "cat", [1, 3]) for n in "bc"], number=1)
+    assert (directory / "turns" / "00003.parquet").exists()
+    run = store.load(directory)
+    assert set(run.columns.conversation_ids) == {"a", "b", "c", "d"}
+    assert run.n_retried == 0
+
+
+def test_steps_without_turns_are_ignored_and_overwritten_on_resume(tmp_path: Path) -> None:
+    """A kill between the two files of a part: steps come first, turns make them count."""
+    directory = run_of_three_parts(tmp_path / "r")
+    (directory / "turns" / "00002.parquet").unlink()
+    orphan = (directory / "steps" / "00002.parquet").read_bytes()
+    run = store.load(directory)
+    assert run.damage == ()
+    assert run.columns.conversation_ids == ("a", "b", "c")
+    assert "d" not in store.committed(directory)
+    write_part(directory, [conversation("d", "cat", turn("s1-0.0", [1, 1, 1]))], number=1)
+    assert (directory / "steps" / "00002.parquet").read_bytes() != orphan
+    run = store.load(directory)
+    assert run.damage == ()
+    assert run.columns.conversation_ids == ("a", "b", "c", "d")
+    assert run.columns.n_tokens.tolist() == [1, 2, 4, 1, 4] * 3 + [1, 1, 1]
+    assert run.columns.session.tolist() == [0] * 6 + [1]
+
+
+def test_half_written_temporary_files_are_no_parts(tmp_path: Path) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    for folder in ("turns", "steps"):
+        (directory / folder / ".00003.parquet.tmp").write_bytes(b"PAR1")
+    (directory / ".manifest.json.tmp").write_text("{")
+    run = store.load(directory)
+    assert run.damage == ()
+    assert len(run.columns.conversation_ids) == 4
+
+
+# --- several attempts -----------------------------------------------------------------------------
+
+
+def failing(name: str, session: int) -> ConversationRecord:
+    good = turn(f"s{session}-{name}.0", [1, 2])
+    bad = turn(f"s{session}-{name}.1", [1], number=1, finish="error", error="lost")
+    return conversation(name, "cat", good, bad)
+
+
+def test_only_the_last_attempt_counts_and_is_asked_about(tmp_path: Path) -> None:
+    directory = tmp_path / "r"
+    store.create(directory)
+    store.write_manifest(directory, manifest())
+    write_part(directory, [failing("a", 0), failing("b", 0), conversation("c", "cat", [1, 4])])
+    assert store.committed(directory) == {"a": False, "b": False, "c": True}
+    write_part(directory, [conversation("a", "cat", turn("s1-a.0", [1, 3])), failing("b", 1)], 1)
+    assert store.committed(directory) == {"a": True, "b": False, "c": True}
+    run = store.load(directory)
+    assert run.n_retried == 2
+    assert run.columns.conversation_ids == ("c", "a", "b")
+    assert run.columns.failed.tolist() == [False, False, True]
+    assert run.columns.n_tokens.tolist() == [1, 4, 1, 3, 1, 2, 1]
+    assert len(run.turns) == 8
+    assert run.turns.take(run.used)["request_id"].to_pylist()[0] == "c.0"
+
+
+# --- manifests ------------------------------------------------------------------------------------
+
+
+def edited(directory: Path, **changes: object) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    edited(directory, format=2)
+    for read in (store.load, store.read_manifest):
+        with pytest.raises(UserError, match="format 2.*install a newer one"):
+            read(directory)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "one"}', "\x00"])
+def test_a_manifest_that_is_none_is_one_sentence(tmp_path: Path, text: str) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    (directory / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        store.load(directory)
+
+
+def test_a_folder_without_manifest_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run directory"):
+        store.load(tmp_path)
+
+
+def test_a_manifest_cannot_hold_what_json_cannot(tmp_path: Path) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    before = (directory / "manifest.json").read_text()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.write_manifest(directory, {"format": 1, "x": float("nan")})
+    assert (directory / "manifest.json").read_text() == before
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def test_an_existing_run_is_never_written_over(tmp_path: Path) -> None:
+    """Trap 16."""
+    directory = run_of_three_parts(tmp_path / "r")
+    with pytest.raises(UserError, match="already holds a run"):
+        store.create(directory)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="already holds something"):
+        store.create(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    store.create(tmp_path / "empty")
+
+
+def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    with store.locked(directory):
+        with pytest.raises(UserError, match="being written by process"), store.locked(directory):
+            pass
+    with store.locked(directory):
+        pass
+
+
+def names_in(directory: Path) -> Sequence[str]:
+    return sorted(path.name for path in (directory / "turns").iterdir())
+
+
+def test_a_writer_that_cannot_write_says_so_and_keeps_what_it_wrote(tmp_path: Path) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    writer = store.Writer(directory, 1, interval_s=60)
+    (directory / "steps" / ".00003.parquet.tmp").mkdir()
+    writer.commit(conversation("e", "cat", [1, 2]))
+    with pytest.raises(UserError, match="could not be written any more"):
+        writer.close()
+    assert writer.failure is not None
+    assert names_in(directory) == ["00000.parquet", "00001.parquet", "00002.parquet"]
+    assert len(store.load(directory).columns.conversation_ids) == 4
+
+
+def test_detail_of_another_length_is_not_stored(tmp_path: Path) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    with pytest.raises(UserError, match="2 details for 3 steps"):
+        write_part(directory, [conversation("e", "cat", turn("e", [1, 2, 2], told=[(0, 0)] * 2))])
+
+
+def test_committed_conversations_reach_the_disk_without_being_asked(tmp_path: Path) -> None:
+    import time
+
+    directory = run_of_three_parts(tmp_path / "r")
+    writer = store.Writer(directory, 1, interval_s=0.01)
+    writer.commit(conversation("e", "cat", [1, 2]))
+    deadline = time.monotonic() + 10
+    while "e" not in store.committed(directory) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "e" in store.committed(directory)
+    writer.close()
