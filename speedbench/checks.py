@@ -50,6 +50,8 @@ def _provenance(run: Run) -> Iterator[Check]:
             "SIMULATED: the null engine made up the clock and the acceptances; nothing here is a "
             "measurement"
         )
+    if config["temperature"] > 0 and engine.get("sampling_fault"):
+        yield _error(f"at temperature {config['temperature']:g}: {engine['sampling_fault']}")
     asked = 0 if config["speculative_algorithm"] == "NONE" else config["draft_length"]
     if engine["draft_length"] != asked:
         yield _warning(

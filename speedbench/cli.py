@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from speedbench.types import UserError
 
@@ -166,18 +175,24 @@ def _run(argv: list[str], prog: str) -> int:
         return OK
     given = vars(_run_parser(prog).parse(argv))
     with _signals() as signals:
-        config, resume_dir = _configuration(given)
-        return _run_configured(config, resume_dir, signals)
+        return _run_configured(_configuration(given), signals)
 
 
-def _run_configured(config: RunConfig, resume_dir: Path | None, signals: _Signals) -> int:
+def _run_configured(asked: _Asked, signals: _Signals) -> int:
     from speedbench import session, store
 
+    config, resume_dir = asked.config, asked.resume_dir
     directory = resume_dir or _directory(config)
     if resume_dir is None:
         store.refuse_existing(directory)
     _say(f"reading and encoding the prompts of --dataset {config.dataset}", config)
     prepared = session.prepare(config)
+    if asked.fingerprint not in (None, prepared.fingerprint):
+        raise UserError(
+            "--config cannot be repeated: its prompts had the fingerprint "
+            f"{str(asked.fingerprint)[:12]}, they have {prepared.fingerprint[:12]} now; restore "
+            "the dataset and the tokenizer, or type the flags out to measure something new"
+        )
     target = (
         session.resumed_target(directory, config, prepared)
         if resume_dir is not None
@@ -190,7 +205,7 @@ def _run_configured(config: RunConfig, resume_dir: Path | None, signals: _Signal
     if config.trust_remote_code:
         print("note: --trust_remote_code runs code that ships with the checkpoint", file=sys.stderr)
     _say(f"starting {config.engine}", config)
-    engine = start_engine(config, None)
+    engine = start_engine(config)
     try:
         outcome = _measure(config, prepared, engine, target, signals)
     finally:
@@ -219,11 +234,11 @@ def _measure(
         )
 
 
-def start_engine(config: RunConfig, max_request_tokens: int | None) -> Engine:
+def start_engine(config: RunConfig) -> Engine:
     """Start the engine that a configuration names. Raises UserError."""
     import engines
 
-    return engines.adapter(config.engine)(config.engine_settings(max_request_tokens))
+    return engines.adapter(config.engine)(config.engine_settings())
 
 
 def _exit_code(outcome: Outcome, signals: _Signals) -> int:
@@ -247,15 +262,23 @@ def _say_end(outcome: Outcome, directory: Path) -> None:
     )
 
 
-def _configuration(given: dict[str, Any]) -> tuple[RunConfig, Path | None]:
-    """The run's configuration from flags, files and a stored manifest; the directory to resume."""
+class _Asked(NamedTuple):
+    """What the command line asks for; `fingerprint` is that of a run to be repeated exactly."""
+
+    config: RunConfig
+    resume_dir: Path | None
+    fingerprint: str | None
+
+
+def _configuration(given: dict[str, Any]) -> _Asked:
+    """The run's configuration from flags, files and a stored manifest."""
     from speedbench import store
     from speedbench.config import from_dict
 
     outside = {name: given.pop(name) for name in OUTSIDE_CONFIG if name in given}
     flags = _normalised(given, outside)
     values: dict[str, Any] = {}
-    resume_dir = None
+    resume_dir = fingerprint = None
     if outside.get("resume"):
         if "save_dir" not in flags:
             raise UserError("--resume needs --save_dir: name the run directory to continue")
@@ -266,6 +289,7 @@ def _configuration(given: dict[str, Any]) -> tuple[RunConfig, Path | None]:
         path = Path(outside["config"])
         manifest = store.read_manifest(path if path.is_dir() else path.parent)
         values = {**manifest["config"], "save_dir": None}
+        fingerprint = str(manifest["prompts"]["fingerprint"])
     stored = from_dict(values) if values else None
     values.update(_merged_with_file(flags, outside.get("runtime_params"), values))
     values.update(flags)
@@ -283,7 +307,9 @@ def _configuration(given: dict[str, Any]) -> tuple[RunConfig, Path | None]:
                 f"--resume cannot change --{name}: the run in {resume_dir} has {was!r}, you ask "
                 f"for {now!r}; leave the flag out, or start a new run"
             )
-    return config, resume_dir
+    if stored is None or stored.differences(config):
+        fingerprint = None  # something new was asked for
+    return _Asked(config, resume_dir, fingerprint)
 
 
 def _normalised(given: dict[str, Any], outside: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,7 +159,7 @@ class RunConfig(BaseModel):
         """Devices the engine spreads over (experts share the tensor-parallel ranks)."""
         return self.tp_size * self.pp_size * self.dp_size
 
-    def engine_settings(self, max_request_tokens: int | None) -> EngineSettings:
+    def engine_settings(self) -> EngineSettings:
         """The adapter's share of this configuration."""
         return EngineSettings(
             model_dir=self.model_dir or "",
@@ -168,7 +168,6 @@ class RunConfig(BaseModel):
             draft_length=self.draft_length,
             block_size=self.block_size,
             concurrency=self.concurrency,
-            max_request_tokens=max_request_tokens,
             max_seq_len=self.max_seq_len,
             tp_size=self.tp_size,
             pp_size=self.pp_size,

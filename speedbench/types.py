@@ -166,6 +166,7 @@ class EngineInfo:
     vocab_size    token IDs it takes are below this (None: not known)
     tells_drafted it reports, per step, whether and how many tokens were drafted
     simulated     its clock and acceptances are made up: nothing it says is a measurement
+    sampling_fault  why nothing drafted at temperature > 0 can be trusted on this engine; '' if it can
     settings      everything else worth comparing between runs
     unused        defaults of ours that the installed version does not have
     """
@@ -179,6 +180,7 @@ class EngineInfo:
     vocab_size: int | None = None
     tells_drafted: bool = False
     simulated: bool = False
+    sampling_fault: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
 
@@ -193,7 +195,6 @@ class EngineSettings:
     draft_length: int = 3
     block_size: int | None = None
     concurrency: int = 1
-    max_request_tokens: int | None = None  # longest prompt + output of this run; None: not known
     max_seq_len: int | None = None
     tp_size: int = 1
     pp_size: int = 1

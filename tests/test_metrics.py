@@ -376,7 +376,7 @@ def test_the_engines_own_length(tmp_path: Path) -> None:
         max_size=5,
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_sums_that_must_hold(conversations: list[list[list[int]]]) -> None:
     """Histogram sum = decode steps; tokens = sum of steps; 1 <= AL <= K+1; survival monotone."""
     records = [conversation(f"c{i}", "ab"[i % 2], *turns) for i, turns in enumerate(conversations)]

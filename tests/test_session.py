@@ -106,6 +106,23 @@ def test_a_run_can_be_repeated_from_its_manifest(tmp_path: Path) -> None:
     assert config_a == {k: v for k, v in b.manifest["config"].items() if k not in ignored}
 
 
+def test_a_repetition_with_other_data_is_refused(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"turns": ["What is a step?"]}))
+    run = ["run", "--engine", "NULL", "--tokenizer", str(models / "bpe" / "target"), "--dataset",
+           "jsonl", "--dataset_path", str(data), "--output_length", "4"]  # fmt: skip
+    assert main([*run, "--save_dir", str(tmp_path / "a")]) == 0
+    data.write_text(json.dumps({"turns": ["What is a phase?"]}))
+    capsys.readouterr()
+    repeat = ["run", "--config", str(tmp_path / "a"), "--save_dir", str(tmp_path / "b")]
+    assert main(repeat) == 2
+    assert "fingerprint" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert main([*repeat, "--output_length", "5"]) == 0  # asks for something new
+
+
 def test_resume_of_a_finished_run_measures_nothing_more(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert main(arguments(run_dir, "--num_requests", "5", "--output_length", "4")) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -230,7 +231,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     directory = run_of_three_parts(tmp_path / "r")
     edited(directory, format=2)
     for read in (store.load, store.read_manifest):
-        with pytest.raises(UserError, match="format 2.*install a newer one"):
+        with pytest.raises(UserError, match=r"format 2.*install a newer one"):
             read(directory)
 
 
@@ -272,9 +273,10 @@ def test_an_existing_run_is_never_written_over(tmp_path: Path) -> None:
 
 def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
     directory = run_of_three_parts(tmp_path / "r")
-    with store.locked(directory):
-        with pytest.raises(UserError, match="being written by process"), store.locked(directory):
-            pass
+    held = store.locked(directory)
+    refused = pytest.raises(UserError, match="being written by process")
+    with held, refused, store.locked(directory):
+        pass
     with store.locked(directory):
         pass
 
@@ -302,8 +304,6 @@ def test_detail_of_another_length_is_not_stored(tmp_path: Path) -> None:
 
 
 def test_committed_conversations_reach_the_disk_without_being_asked(tmp_path: Path) -> None:
-    import time
-
     directory = run_of_three_parts(tmp_path / "r")
     writer = store.Writer(directory, 1, interval_s=0.01)
     writer.commit(conversation("e", "cat", [1, 2]))

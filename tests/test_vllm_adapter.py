@@ -77,6 +77,14 @@ def test_arguments_that_are_not_the_users_are_refused(
     assert all(word in str(refusal.value) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("changes", "flag"), [({"block_size": 8}, "--block_size"), ({"ep_size": 4}, "--ep_size")]
+)
+def test_a_flag_without_effect_is_refused(changes: dict[str, Any], flag: str) -> None:
+    with pytest.raises(UserError, match=flag):
+        arguments(algorithm="NGRAM", tp_size=2, **changes)
+
+
 def test_a_baseline_takes_no_speculative_config() -> None:
     with pytest.raises(UserError, match="NONE"):
         arguments(engine_args={"speculative_config": {"prompt_lookup_max": 3}})

@@ -1,0 +1,565 @@
+"""Reports of stored runs: the published golden numbers, every form, no number cut or made up."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from speedbench import store
+from speedbench.report import as_json, console, layout, markdown
+from speedbench.report.pair import pair, significant
+from speedbench.report.summary import Figure, summarize
+from speedbench.store import Run
+from speedbench.types import ConversationRecord, UserError
+from tests.builders import MS, S, conversation, counters, session, stored, told, turn
+
+CATEGORIES = [
+    "coding",
+    "humanities",
+    "math",
+    "multilingual",
+    "qa",
+    "rag",
+    "reasoning",
+    "roleplay",
+    "stem",
+    "summarization",
+    "writing",
+]
+
+
+def shown(run: Run, width: int = 80) -> str:
+    return printed(lambda out: console.render(summarize(run), out), width)
+
+
+def printed(draw: Any, width: int) -> str:
+    file = io.StringIO()
+    draw(Console(file=file, width=width, color_system=None))
+    return file.getvalue()
+
+
+# --- golden numbers -------------------------------------------------------------------------------
+
+GOLDEN = {1: 57385, 2: 36968, 3: 24441, 4: 61182}
+"""The published Llama-3.3-70B EAGLE3 run, prefill steps included: 880 rows, 1138 requests."""
+
+N_ROWS, N_REQUESTS = 880, 1138
+
+
+def golden_records() -> list[ConversationRecord]:
+    """880 rows, 258 further turns; a prefill of one token, and a last step of 4, uncut."""
+    pool = [
+        n for n, count in GOLDEN.items() for _ in range(count - (N_REQUESTS if n in (1, 4) else 0))
+    ]
+    random.Random(1).shuffle(pool)
+    requests = [[1, *pool[i::N_REQUESTS], 4] for i in range(N_REQUESTS)]
+    n_turns = [3] * 73 + [2] * 112 + [1] * (N_ROWS - 185)
+    random.Random(2).shuffle(n_turns)
+    remaining = iter(requests)
+    return [
+        conversation(f"row-{i}", CATEGORIES[i % 11], *(next(remaining) for _ in range(n)))
+        for i, n in enumerate(n_turns)
+    ]
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return stored(tmp_path_factory.mktemp("golden") / "run", golden_records())
+
+
+def test_golden_numbers_as_published_to_the_last_digit(golden: Run) -> None:
+    summary = summarize(golden)
+    assert (summary.n_conversations, summary.n_requests) == (880, 1138)
+    assert (summary.n_steps, summary.n_output_tokens) == (179976, 449372)
+    assert summary.published_histogram == (57385, 36968, 24441, 61182)
+    assert [rate.value for rate in summary.published_rates] == [
+        0.681151931368627,
+        0.6984444208791836,
+        0.7145509968116043,
+    ]
+    assert summary.published_al_step.value == pytest.approx(2.4968, abs=5e-5)
+
+
+def test_golden_numbers_without_the_prefill_steps(golden: Run) -> None:
+    summary = summarize(golden)
+    first, second, third = (rate.value for rate in summary.rates)
+    assert first == pytest.approx(0.6854863, abs=5e-8)
+    assert second == pytest.approx(0.6984444208791836, abs=1e-14)
+    assert third == pytest.approx(0.7145509968116043, abs=1e-14)
+    assert summary.lengths["al_step"].value == pytest.approx(2.5064, abs=5e-5)
+    assert summary.histogram == (56247, 36968, 24441, 61182)
+    assert summary.n_censored == 0
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_golden_numbers_are_on_the_console(golden: Run, width: int) -> None:
+    text = shown(golden, width)
+    assert "{1: 57385, 2: 36968, 3: 24441, 4: 61182}" in text
+    for line in (
+        "1 1.0",
+        "2 0.681151931368627",
+        "3 0.6984444208791836",
+        "4 0.7145509968116043",
+        "Token-weighted AL 2.4968 (449372 tokens in 179976 steps)",
+    ):
+        assert line in text.splitlines()
+    assert re.search(r"al_step\W+2\.5064 ", text)
+    assert re.search(r"\W 1 \W+ 0\.6855 ", text)
+    assert "179976 steps and 449372 tokens of 1138 requests in 880 conversations" in text
+
+
+def test_golden_numbers_in_markdown_and_json(golden: Run) -> None:
+    summary = summarize(golden)
+    assert "\n3 0.6984444208791836\n" in markdown.render(summary)
+    found = as_json.render(summary)["as_published"]
+    assert found["histogram"] == {"1": 57385, "2": 36968, "3": 24441, "4": 61182}
+    assert [f["value"] for f in found["conditional_rates"]] == [
+        0.681151931368627,
+        0.6984444208791836,
+        0.7145509968116043,
+    ]
+
+
+# --- runs to report -------------------------------------------------------------------------------
+
+
+def arm(
+    directory: Path,
+    draft_length: int,
+    *,
+    step_ns: int = 10 * MS,
+    names: Sequence[str] = CATEGORIES,
+    per_category: int = 4,
+    left_out: Sequence[str] = (),
+    **about: Any,
+) -> Run:
+    """Two slots; every conversation makes 21 tokens, and steps take `step_ns`.
+
+    With drafts its decode steps hold 1, 2, 3, 4, 1, 2, 3, 4 tokens; AL is 2.5.
+    """
+    decode = [1, 2, 3, 4] * 2 if draft_length else [1] * 20
+    lengths = [1, *decode]
+    records = []
+    for c, category in enumerate(names):
+        for i in range(per_category):
+            name = f"row-{c}-{i}"
+            start = (c * per_category + i) * 100 * MS
+            record = turn(
+                name,
+                lengths,
+                submitted_ns=start,
+                step_ns=step_ns,
+                told=told(lengths, 3) if draft_length else [(0, 0)] * len(lengths),
+            )
+            if name not in left_out:
+                records.append(conversation(name, category, record))
+    n = len(records)
+    counted = counters(8 * n, 12 * n) if draft_length else None
+    about.setdefault("sessions", [session(counters=counted, ended_ns=20 * S)])
+    about.setdefault("expected", dict.fromkeys(names, per_category))
+    return stored(directory, records, draft_length=draft_length, **about)
+
+
+def forms(run: Run) -> dict[str, str]:
+    summary = summarize(run)
+    return {
+        "80": shown(run, 80),
+        "140": shown(run, 140),
+        "markdown": markdown.render(summary),
+        "json": json.dumps(as_json.render(summary), allow_nan=False, ensure_ascii=False),
+    }
+
+
+def odd_run(directory: Path) -> Run:
+    """A run of which much cannot be said: a silent category, a failed one, one not asked."""
+    records = [
+        conversation("a", "answers", [1, 4, 2]),
+        conversation("b", "answers", [1, 1, 1, 2]),
+        conversation("c", "silent", [1]),
+        conversation("d", "broken", turn("d", [1, 2], finish="error", error="boom")),
+    ]
+    expected = {"answers": 2, "silent": 1, "broken": 1, "unasked": 2}
+    sessions = [session(0), session(1, ended_ns=None)]
+    return stored(directory, records, expected=expected, sessions=sessions, status="partial")
+
+
+# --- the console ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 100, 140, 200])
+def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(
+    tmp_path: Path, width: int
+) -> None:
+    known = {"ok": True, "sentence": "exact.", "overall": 2.5, "by_category": {}}
+    known["by_category"] = dict.fromkeys(CATEGORIES, 2.5)
+    spec = arm(tmp_path / "spec", 3, step_ns=15 * MS, known_answer=known)
+    base = arm(tmp_path / "base", 0)
+    both = pair(base, spec)
+    for text in (
+        shown(spec, width),
+        shown(base, width),
+        printed(lambda out: console.render_pair(both, out), width),
+    ):
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
+
+
+def test_narrower_than_its_tables_a_terminal_still_gets_whole_numbers(tmp_path: Path) -> None:
+    wide, narrow = (shown(arm(tmp_path / str(w), 3), w) for w in (140, 30))
+    numbers = re.compile(r"\d+\.\d{4}")
+    assert sorted(numbers.findall(narrow)) == sorted(numbers.findall(wide))
+
+
+def test_the_published_layout_is_recognisable(tmp_path: Path) -> None:
+    text = shown(arm(tmp_path / "r", 3))
+    places = [
+        text.index(words)
+        for words in (
+            "speedbench: VLLM 0.32.0, EAGLE3 K=3, target target, drafter drafter",
+            "Every check passed.",
+            "Acceptance Length Histogram\n{1: 88, 2: 88, 3: 88, 4: 88}",
+            "Conditional acceptance rate",
+            "Acceptance Rate Results",
+            "Overall Average",
+            "al_specdec_bench",
+            "As published",
+            "Output TPS ",
+            "Output TPS/gpu",
+            "E2E Request",
+            "TTFT Time",
+            "fingerprint",
+        )
+    ]
+    assert places == sorted(places)
+    assert re.search(r"Category\s+.\s+n/n\s+.\s+Average AL\s+.\s+95 % interval", text)
+    assert re.search(r"coding\s+.\s+4/4\s+.\s+2\.5000 .\s+2\.5000-2\.5000", text)
+    assert re.search(r"Overall Average\s+.\s+44/44\s+.\s+2\.5000", text)
+    for label in ("min", "mean", "std", "P25", "P50", "P75", "P90", "P95", "P99", "max"):
+        assert re.search(rf"^. {label} ", text, re.MULTILINE)
+
+
+def test_all_named_lengths_are_shown_with_their_definitions(tmp_path: Path) -> None:
+    lines = markdown.render(summarize(arm(tmp_path / "r", 3))).splitlines()
+    for name, value, words in (
+        ("al (primary)", "2.5000", "Kaplan-Meier"),
+        ("al_step", "2.5000", "every step equal"),
+        ("al_conversation", "2.5000", "mean per conversation"),
+        ("al_drafted", "2.5000", "verify steps only"),
+        ("al_specdec_bench", "2.3333", "prefill included"),  # 21 tokens in 9 steps
+        ("al_engine", "2.5000", "1 + accepted / drafts"),
+    ):
+        (line,) = [x for x in lines if x.startswith(f"| {name} | {value} |")]
+        assert words in line
+
+
+def test_a_baseline_has_no_acceptance_to_report(tmp_path: Path) -> None:
+    text = shown(arm(tmp_path / "r", 0))
+    assert "AL = 1 by definition" in text
+    assert "no speculation" in text
+    for absent in ("Histogram", "Conditional", "Joint", "al_specdec_bench", "As published"):
+        assert absent not in text
+    assert "Output TPS" in text
+    assert "44/44" in text
+
+
+def test_a_simulation_is_named_before_anything_else(tmp_path: Path) -> None:
+    run = arm(tmp_path / "r", 3, engine={"simulated": True})
+    for name, text in forms(run).items():
+        if name != "json":
+            assert "SIMULATED" in text.split("recorded")[0]
+    assert as_json.render(summarize(run))["simulated"] is True
+
+
+def test_checks_stand_above_every_number_in_words(tmp_path: Path) -> None:
+    run = arm(tmp_path / "r", 3, engine={"max_num_seqs": 1}, status="failed")
+    text = shown(run)
+    assert text.index("WARNING") < text.index("Acceptance Length Histogram")
+    assert "at most 1 requests at once" in text.replace("\n         ", " ")
+    colours = io.StringIO()
+    console.render(summarize(run), Console(file=colours, width=80, force_terminal=True))
+    assert "\x1b[33m" in colours.getvalue()
+
+
+def test_closed_form_stands_beside_the_measurement(tmp_path: Path) -> None:
+    known = {"ok": True, "sentence": "exact.", "overall": 2.25, "by_category": {"math": 2.75}}
+    text = markdown.render(summarize(arm(tmp_path / "r", 3, known_answer=known)))
+    assert "| Closed form |" in text
+    assert re.search(r"\| math \| 4/4 \| 2\.5000 \| [\d.-]+ \| 2\.7500 \|", text)
+    assert re.search(r"\| coding \| 4/4 \| 2\.5000 \| [\d.-]+ \| n/a \|", text)
+    assert re.search(r"Overall Average.*2\.2500", text)
+    assert "Closed" not in shown(arm(tmp_path / "plain", 3))
+
+
+def test_what_is_not_known_is_not_a_number_and_has_a_reason(tmp_path: Path) -> None:
+    run = odd_run(tmp_path / "r")
+    for name, text in forms(run).items():
+        assert not re.search(r"\b(nan|NaN|None|inf|Infinity)\b", text), name
+    text = " ".join(shown(run).split())
+    assert "n/a: broken, unasked: no conversation was measured" in text
+    assert "n/a: silent: no single decode step was recorded" in text
+    assert "category silent: no single decode step" in text
+    assert "throughput is not pooled over 2 sessions" in text
+    assert re.search(r"broken . 0/1 . n/a", text)
+    assert re.search(r"unasked . 0/2 . n/a", text)
+
+
+def test_a_run_without_records_is_reported(tmp_path: Path) -> None:
+    run = stored(tmp_path / "r", [], expected={"a": 3}, status="running", sessions=[])
+    for text in forms(run).values():
+        assert "0/3" in text or '"n_expected": 3' in text
+    assert "killed" in shown(run)
+
+
+def test_one_structure_for_console_and_markdown(tmp_path: Path) -> None:
+    """Every number of one is in the other."""
+    run = arm(tmp_path / "r", 3)
+    numbers = re.compile(r"\d+\.\d{4}\b")
+    made = [sorted(numbers.findall(text)) for text in list(forms(run).values())[:3]]
+    assert made[0] == made[1] == made[2]
+
+
+# --- names from the data --------------------------------------------------------------------------
+
+EVIL = "co|d[red]ing\x1b[31m \x1b]0;title\x07<script>\n# _x_ \u202eabc\ud800 `y` \x9b2J"
+
+
+def test_names_from_the_data_command_no_terminal_and_form_no_markup(tmp_path: Path) -> None:
+    assert layout.clean(EVIL) == "co|d[red]ing <script> # _x_ abc `y` 2J"
+    evil = EVIL.replace("\ud800", "")  # which no parquet file can hold
+    records = [conversation("a", evil, [1, 4, 4]), conversation("b", evil, [1, 2, 4])]
+    run = stored(tmp_path / "r", records)
+    path = run.directory / "manifest.json"
+    path.write_text(path.read_text().replace('"0.32.0"', r'"1\u001b[2J\ud800"'))
+    run = store.load(run.directory)
+    assert run.manifest["engine"]["version"] == "1\x1b[2J\ud800"
+    for name, text in forms(run).items():
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800]", text), name
+        text.encode("utf-8")
+    assert "co|d[red]ing <script> # _x_" in " ".join(shown(run, 140).split())
+    row = r"| co\|d\[red\]ing &lt;script&gt; \# \_x\_ abc \`y\` 2J | 2/2 |"
+    assert row in markdown.render(summarize(run))
+
+
+def test_markdown_escapes_what_github_would_take_for_markup() -> None:
+    assert markdown.escape("a|b\nc") == r"a\|b c"
+    assert markdown.escape("<b>&amp;") == "&lt;b&gt;&amp;amp;"
+    assert markdown.escape("math_reasoning") == "math_reasoning"
+    assert markdown.escape(r"back\|slash *bold* _it_ [a](b)") == (
+        r"back\\\|slash \*bold\* \_it\_ \[a\](b)"
+    )
+
+
+def test_markdown_tables_are_whole(tmp_path: Path) -> None:
+    lines = markdown.render(summarize(odd_run(tmp_path / "r"))).splitlines()
+    previous = 0
+    for line in lines:
+        cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert previous == 0 or cells in (0, previous)
+        previous = cells
+
+
+# --- json -----------------------------------------------------------------------------------------
+
+
+def test_json_is_strict_versioned_and_precise(tmp_path: Path) -> None:
+    run = arm(tmp_path / "r", 3)
+    found = as_json.render(summarize(run))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["schema"] == "speedbench.report/1"
+    assert found["acceptance"]["al"]["al_specdec_bench"]["value"] == pytest.approx(
+        21 / 9, abs=1e-14
+    )
+    assert found["acceptance"]["al"]["al"].keys() == {"value", "interval", "why_not", "definition"}
+    assert found["acceptance"]["histogram"] == {"1": 88, "2": 88, "3": 88, "4": 88}
+    assert [row["name"] for row in found["acceptance"]["by_category"]] == CATEGORIES
+    assert found["timing"]["ttft_s"]["p50"] == pytest.approx(0.05)
+    assert found["manifest"]["prompts"]["fingerprint"] == "f" * 64
+
+
+def test_json_holds_reasons_and_never_a_number_that_json_lacks(tmp_path: Path) -> None:
+    run = odd_run(tmp_path / "r")
+    path = run.directory / "manifest.json"
+    path.write_text(path.read_text().replace('"dtype": "bfloat16"', '"dtype": NaN'))
+    found = as_json.render(summarize(store.load(run.directory)))
+    json.dumps(found, allow_nan=False)
+    assert found["manifest"]["engine"]["settings"]["dtype"] is None
+    al = found["acceptance"]["al"]["al"]
+    assert al["value"] is None
+    assert "silent" in al["why_not"]
+    assert found["output_tps"]["whole"]["why_not"]
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def test_a_pair_shows_the_speedup_beside_the_length(tmp_path: Path) -> None:
+    """20 tokens after the first: in 20 steps of 10 ms, or in 8 of 15 ms: 200/120 = 1.6667."""
+    both = pair(arm(tmp_path / "base", 0), arm(tmp_path / "spec", 3, step_ns=15 * MS))
+    assert both.overall.value == pytest.approx(5 / 3)
+    assert both.overall.interval == pytest.approx((5 / 3, 5 / 3))
+    assert {n: f.value for n, f in both.by_category.items()} == pytest.approx(
+        dict.fromkeys(CATEGORIES, 5 / 3)
+    )
+    assert set(both.n_pairs.values()) == {4}
+    assert both.checks == ()
+    text = printed(lambda out: console.render_pair(both, out), 80)
+    assert re.search(r"coding\W+4/4\W+2\.5000\W+2\.5000-2\.5000\W+1\.6667\W+1\.6667-1\.6667", text)
+    assert re.search(r"Overall Average\W+44/44 .*1\.6667\W+1\.6667-1\.6667", text)
+    assert "1.6667 (95 % 1.6667-1.6667). Geometric mean" in text
+    written = markdown.render_pair(both)
+    assert re.search(r"\| coding \| 4/4 \| 2\.5000 \| [\d.-]+ \| 1\.6667 \| [\d.-]+ \|", written)
+    found = as_json.render_pair(both)
+    json.dumps(found, allow_nan=False)
+    assert found["speedup"]["user_tps"]["value"] == pytest.approx(5 / 3)
+    assert found["speedup"]["user_tps"]["significant"] is True
+    assert found["baseline"]["draft_length"] == 0
+    assert found["speculative"]["draft_length"] == 3
+
+
+def test_system_speedup_is_the_ratio_of_steady_throughputs(tmp_path: Path) -> None:
+    base, spec = arm(tmp_path / "base", 0), arm(tmp_path / "spec", 3, step_ns=15 * MS)
+    both = pair(base, spec)
+    mine, theirs = (summarize(run).output_tps_steady.value for run in (base, spec))
+    assert mine
+    assert theirs
+    assert both.system.value == pytest.approx(theirs / mine)
+    few = pair(
+        arm(tmp_path / "few", 0, names=["math"], per_category=2),
+        arm(tmp_path / "few3", 3, names=["math"], per_category=2),
+    )
+    assert few.system.value is None
+    assert few.system.why_not.startswith("baseline: there were no more conversations than slots")
+
+
+def test_no_significance_is_said_out_loud(tmp_path: Path) -> None:
+    """Half the conversations twice as fast, half twice as slow."""
+
+    def run(directory: Path, draft_length: int, steps_ms: Sequence[int]) -> Run:
+        records = [
+            conversation(f"c{i}", "math", turn(f"c{i}", [1] * 11, step_ns=ms * MS))
+            for i, ms in enumerate(steps_ms)
+        ]
+        return stored(directory, records, draft_length=draft_length)
+
+    both = pair(run(tmp_path / "b", 0, [20] * 8), run(tmp_path / "s", 3, [10, 40] * 4))
+    assert both.overall.value == pytest.approx(1)
+    assert significant(both.overall) is False
+    text = printed(lambda out: console.render_pair(both, out), 80)
+    assert "NOT SIGNIFICANT" in " ".join(text.split())
+    assert "1.0000 ns" in text
+    assert "ns: not significant" in text
+    assert significant(Figure(2.0, (1.5, 2.5))) is True
+    assert significant(Figure(0.5, (0.4, 0.6))) is True
+    assert significant(Figure(2.0)) is None
+
+
+def test_conversations_of_one_arm_only_are_left_out_and_counted(tmp_path: Path) -> None:
+    base = arm(tmp_path / "base", 0, left_out=["row-0-0", "row-1-1"])
+    spec = arm(tmp_path / "spec", 3, left_out=["row-0-0", "row-2-2"])
+    both = pair(base, spec)
+    assert (both.n_base_only, both.n_spec_only) == (1, 1)
+    assert both.n_pairs["coding"] == 3
+    assert both.n_pairs["humanities"] == both.n_pairs["math"] == 3
+    assert any("2 conversation(s) were measured in one arm only" in c.sentence for c in both.checks)
+    assert "2 conversations are left out" in " ".join(markdown.render_pair(both).split())
+
+
+def test_conversations_that_failed_or_took_no_time_are_in_no_speedup(tmp_path: Path) -> None:
+    def run(directory: Path, draft_length: int, *, fail: bool) -> Run:
+        records = [
+            conversation("ok", "math", [1] * 5),
+            conversation("short", "math", [1]),
+            conversation(
+                "bad",
+                "math",
+                turn("bad", [1] * 5, finish="error" if fail else "length"),
+            ),
+        ]
+        return stored(directory, records, draft_length=draft_length)
+
+    both = pair(run(tmp_path / "b", 0, fail=False), run(tmp_path / "s", 3, fail=True))
+    assert both.n_pairs == {"math": 1}
+    assert both.n_base_only == 1
+    assert both.n_untimed == 1
+    assert both.overall.interval is None
+    assert both.overall.why_not
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompts": {"fingerprint": "e" * 64}}, "prompts differ"),
+        ({"config": {"output_length": 64}}, "--output_length differs: it is 4096"),
+        ({"config": {"temperature": 0.7}}, "--temperature"),
+        ({"config": {"top_p": 0.9}}, "--top_p"),
+        ({"config": {"top_k": 5}}, "--top_k"),
+        ({"config": {"ignore_eos": True}}, "--ignore_eos"),
+        ({"config": {"concurrency": 3}}, "--concurrency"),
+    ],
+)
+def test_runs_that_are_no_pair_are_refused(
+    tmp_path: Path, change: dict[str, dict[str, Any]], words: str
+) -> None:
+    base = arm(tmp_path / "base", 0, names=["math"])
+    spec = arm(tmp_path / "spec", 3, names=["math"])
+    ((section, values),) = change.items()
+    manifest = store.read_manifest(spec.directory)
+    manifest[section].update(values)
+    store.write_manifest(spec.directory, manifest)
+    with pytest.raises(UserError, match=re.escape(words)):
+        pair(base, store.load(spec.directory))
+
+
+def test_a_speculative_run_is_no_baseline(tmp_path: Path) -> None:
+    runs = [arm(tmp_path / str(k), k, names=["math"]) for k in (3, 0)]
+    with pytest.raises(UserError, match="no baseline"):
+        pair(*runs)
+
+
+def test_arms_that_differ_in_more_than_speculation_are_doubted(tmp_path: Path) -> None:
+    """Trap 7: another max_num_seqs, another prefix cache; and another machine."""
+    base = arm(tmp_path / "base", 0, names=["math"], engine={"max_num_seqs": 192})
+    spec = arm(
+        tmp_path / "spec",
+        3,
+        names=["math"],
+        engine={"settings": {"dtype": "float16", "speculative_method": "eagle3"}},
+        config={"engine_args": {"speculative_config": {"x": 1}}},
+    )
+    manifest = store.read_manifest(spec.directory)
+    manifest["environment"]["gpus"] = [{"name": "NVIDIA A100"}]
+    manifest["prompts"]["turns"] = "first"
+    store.write_manifest(spec.directory, manifest)
+    both = pair(base, store.load(spec.directory))
+    doubts = [c.sentence.split("speculation: ")[-1] for c in both.checks if c.level == "warning"]
+    assert doubts == [
+        "the engine's max_num_seqs is 192 in the baseline and 64 in the speculative run",
+        "the engine's dtype is bfloat16 in the baseline and float16 in the speculative run",
+        "the GPU is ['NVIDIA H100'] in the baseline and ['NVIDIA A100'] in the speculative run",
+    ]
+    assert any("only first turns" in c.sentence for c in both.checks if c.level == "note")
+
+
+# --- dependencies ---------------------------------------------------------------------------------
+
+
+def test_only_the_console_needs_rich() -> None:
+    code = (
+        "import sys, speedbench.report.markdown, speedbench.report.as_json\n"
+        "print(sorted(m for m in ('rich', 'engines', 'speedbench.loop', 'torch', 'transformers') "
+        "if m in sys.modules))"
+    )
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == "[]"
