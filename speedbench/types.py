@@ -166,7 +166,7 @@ class EngineInfo:
     vocab_size    token IDs it takes are below this (None: not known)
     tells_drafted it reports, per step, whether and how many tokens were drafted
     simulated     its clock and acceptances are made up: nothing it says is a measurement
-    sampling_fault  why nothing drafted at temperature > 0 can be trusted on this engine; '' if it can
+    sampling_fault  why what is drafted at temperature > 0 cannot be trusted here; '' if it can
     settings      everything else worth comparing between runs
     unused        defaults of ours that the installed version does not have
     """
