@@ -230,10 +230,11 @@ def _counters(run: Run) -> Iterator[Check]:
             f"{books['phantom']} phantom drafts: {books['unexplained_drafts']:+d} unexplained"
         )
     if not books["exact"]:
+        merged = f", and {books['merged']} event(s) may merge steps" if books["merged"] else ""
         yield _note(
-            f"the engine's counters are reconciled within bounds only: {books['untold']} step(s) "
-            f"are not told to be verify or plain, or how much was cut from them, and "
-            f"{books['merged']} event(s) may merge steps"
+            "the engine's counters are reconciled within bounds only: of "
+            f"{books['untold']} step(s) it does not tell whether a draft was checked, or what was "
+            f"cut off{merged}"
         )
 
 

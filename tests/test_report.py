@@ -244,6 +244,8 @@ def test_the_published_layout_is_recognisable(tmp_path: Path) -> None:
     assert re.search(r"Category\s+.\s+n/n\s+.\s+Average AL\s+.\s+95 % interval", text)
     assert re.search(r"coding\s+.\s+4/4\s+.\s+2\.5000 .\s+2\.5000-2\.5000", text)
     assert re.search(r"Overall Average\s+.\s+44/44\s+.\s+2\.5000", text)
+    first = r"min\W+0\.1300\W+50\.0000\W+10\.0000\W+250\.0000\W+21\.0000"
+    assert re.search(first, text)  # s, ms, ms, 1/s, tokens: 1 + 8 steps, 20 tokens in 80 ms
     for label in ("min", "mean", "std", "P25", "P50", "P75", "P90", "P95", "P99", "max"):
         assert re.search(rf"^. {label} ", text, re.MULTILINE)
 

@@ -495,9 +495,8 @@ def _speedups(pair: PairSummary) -> Facts:
             text += ", NOT SIGNIFICANT: the interval contains 1"
         elif pair.overall.interval is None:
             text += f", without an interval: {pair.overall.why_not}"
-        text += (
-            f". Geometric mean of the ratio of user TPS over {n} paired conversations, "
-            f"within and then over {n_categories} categories"
+        text += f". Geometric mean of the ratio of user TPS over {n} paired conversations" + (
+            f", within and then over {n_categories} categories" if n_categories > 1 else ""
         )
     left_out = pair.n_base_only + pair.n_spec_only + pair.n_untimed
     if left_out:
@@ -531,7 +530,7 @@ def _provenance(summary: Summary) -> Facts:
             engine, ("draft_length", "max_num_seqs", "max_seq_len", "prefix_cache", "tells_drafted")
         ),
         "settings": _pairs(engine.get("settings", {})),
-        "unused": ", ".join(engine.get("unused", ())),
+        "absent": ", ".join(engine.get("unused", ())),
         "versions": _pairs({"python": machine["python"], **machine["packages"]}),
         "machine": _plain(machine.get("platform")),
         "cpu": _plain(machine.get("cpu")),
