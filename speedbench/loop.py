@@ -26,6 +26,9 @@ PromptFor = Callable[[Conversation, int, Sequence[Sequence[int]]], Prompt]
 """(row, turn, token IDs of the earlier replies) -> prompt; raises PromptRefusedError."""
 
 
+_NO_PROMPT = Prompt((), "")
+
+
 @dataclass(slots=True)  # mutable: filled while the conversation is in flight
 class _Flight:
     row: Conversation
@@ -124,7 +127,7 @@ class Loop:
             row = next(iter(queue), None)
             if row is None:
                 return
-            flight = _Flight(row, f"{self._id_prefix}{self._n_admitted}.0", Prompt((), ""))
+            flight = _Flight(row, f"{self._id_prefix}{self._n_admitted}.0", _NO_PROMPT)
             self._n_admitted += 1
             self._ask(flight)
 
@@ -133,6 +136,7 @@ class Loop:
         try:
             flight.prompt = self._prompt_for(flight.row, len(flight.ended), flight.replies)
         except PromptRefusedError as refusal:
+            flight.prompt = _NO_PROMPT
             self._end_conversation(flight, flight.end("refused", str(refusal)))
             return
         self._flights[flight.request_id] = flight

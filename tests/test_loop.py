@@ -135,7 +135,8 @@ def test_a_refused_later_turn_ends_its_conversation_alone() -> None:
     by_id = {r.conversation_id: r for r in done}
     assert [t.finish_reason for t in by_id["c0"].turns] == ["length", "refused"]
     assert by_id["c0"].turns[1].error == "too long by 7 tokens"
-    assert by_id["c0"].turns[1].submitted_ns == -1
+    refused = by_id["c0"].turns[1]
+    assert (refused.submitted_ns, refused.prompt_sha256, refused.n_prompt_tokens) == (-1, "", 0)
     assert [t.finish_reason for t in by_id["c1"].turns] == ["length", "length"]
 
 

@@ -486,6 +486,12 @@ def _distributions(summary: Summary) -> Table:
 # ---------------------------------------------------------------- speedup
 
 
+BETWEEN_RUNS = (
+    "say how much depends on the choice of conversations. How much the next run of the same arms "
+    "would differ is not in them: repeat both arms, on a quiet machine, before claiming a speedup."
+)
+
+
 def _speedups(pair: PairSummary) -> Facts:
     n = sum(pair.n_pairs.values())
     n_categories = sum(count > 0 for count in pair.n_pairs.values())
@@ -504,7 +510,13 @@ def _speedups(pair: PairSummary) -> Facts:
     system = sentence(pair.system)
     if pair.system.value is not None:
         system += ": ratio of steady output TPS, one run of each arm and hence no interval"
-    return Facts((("User TPS", f"{text}.", "plain"), ("System", f"{system}.", "plain")))
+    return Facts(
+        (
+            ("User TPS", f"{text}.", "plain"),
+            ("System", f"{system}.", "plain"),
+            ("Intervals", BETWEEN_RUNS, "plain"),
+        )
+    )
 
 
 # ---------------------------------------------------------------- provenance

@@ -185,13 +185,30 @@ def _doubts(
             f"{n_untimed} conversation(s) have no token after the first in an arm, and are in no "
             "user-TPS speedup",
         )
-    turns = {run.manifest["prompts"].get("turns") for run in (base, spec)}
-    if turns != {"all"}:
-        yield Check(
-            "note",
-            "only first turns are known to be identical: later turns hold each arm's own replies "
-            "(--history frozen makes them identical)",
-        )
+    yield _inputs(base, spec)
+
+
+def _inputs(base: Run, spec: Run) -> Check:
+    """Whether the two arms were asked the same, turn by turn, by the stored prompt hashes."""
+    mine, theirs = _prompt_hashes(base), _prompt_hashes(spec)
+    both = mine.keys() & theirs.keys()
+    n_other = sum(mine[turn] != theirs[turn] for turn in both)
+    if n_other == 0:
+        return Check("note", f"all {len(both)} prompts were identical in both arms, token by token")
+    return Check(
+        "warning",
+        f"{n_other} of {len(both)} prompts differ between the arms: later turns hold each arm's own "
+        "replies (--history frozen makes them identical)",
+    )
+
+
+def _prompt_hashes(run: Run) -> dict[tuple[str, int], str]:
+    """(conversation id, turn) -> sha256 of its prompt."""
+    turns = run.turns.take(run.used)
+    names, numbers, hashes = (
+        turns[name].to_pylist() for name in ("conversation_id", "turn", "prompt_sha256")
+    )
+    return dict(zip(zip(names, numbers, strict=True), hashes, strict=True))
 
 
 def _comparable(manifest: Mapping[str, Any]) -> dict[str, Any]:
