@@ -197,8 +197,8 @@ def _inputs(base: Run, spec: Run) -> Check:
         return Check("note", f"all {len(both)} prompts were identical in both arms, token by token")
     return Check(
         "warning",
-        f"{n_other} of {len(both)} prompts differ between the arms: later turns hold each arm's own "
-        "replies (--history frozen makes them identical)",
+        f"{n_other} of {len(both)} prompts differ between the arms: later turns hold each arm's "
+        "own replies (--history frozen makes them identical)",
     )
 
 
