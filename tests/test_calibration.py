@@ -676,6 +676,30 @@ def test_faults_without_told_counts_and_in_other_algorithms(pairs: Path, word: K
     assert "cannot say" in verdict.sentence
 
 
+def test_which_of_two_one_token_steps_was_drafted_need_not_be_told() -> None:
+    """An n-gram drafter that finds 3 and 7 in the prompt, in vain; which steps is open."""
+    known = KnownAnswer("ring", 1, tuple(RING), tuple(RING), (EOS,))
+    case = Case("NGRAM", 2, 7, (), ngram_min=1, ngram_max=1)
+    prompt = [3, 7, 2, 0, 1, 9, 2]  # -> 3 4 5 6 7 8 9; 3 7 is drafted after 3, 2 0 after 7
+    steps = case.steps(known, prompt)
+    told = [(len(s.token_ids), s.accepted, s.drafted) for s in steps]
+    assert told == [(1, 0, 0), (1, 0, 2), (1, 0, 0), (1, 0, 0), (1, 0, 0), (1, 0, 2), (1, 0, 0)]
+
+    def record(drafted: Sequence[int]) -> ObservedRequest:
+        return ObservedRequest(
+            "r", 0, "c", prompt, [3, 4, 5, 6, 7, 8, 9], [1] * 7, [0] * 7, drafted, [1] * 7
+        )
+
+    assert judge_greedy([record([0, 2, 0, 0, 0, 2, 0])], known, case).ok
+    other_order = judge_greedy([record([0, 0, 2, 0, 0, 0, 2])], known, case)
+    assert other_order.ok
+    assert "In 1 of them the engine tells how many" in other_order.sentence
+    one_more = judge_greedy([record([0, 2, 2, 0, 0, 2, 0])], known, case)
+    assert not one_more.ok
+    prefill = judge_greedy([record([2, 0, 0, 0, 0, 2, 0])], known, case)
+    assert (prefill.ok, prefill.fault) == (False, "prefill counted")
+
+
 def test_the_first_mismatch_is_told_in_a_sentence() -> None:
     known = KnownAnswer("toy", 1, tuple(RING), tuple(RING), (EOS,))
     case = Case("DRAFT_TARGET", 3, 6, (EOS,))

@@ -95,6 +95,7 @@ class _Pairing:
 
     request: ObservedRequest
     steps: Sequence[ExpectedStep]
+    unordered: bool = False
 
     @property
     def same_lengths(self) -> bool:
@@ -113,7 +114,9 @@ def judge_greedy(
 ) -> Verdict:
     """Every step of every request must be the known one: length, tokens, and counts where told.
 
-    `expected_requests` names the (conversation, turn) pairs that were asked; None: those observed.
+    Of consecutive one-token steps an engine may tell how many were drafted and not which; the
+    sentence then says for how many requests that was so. `expected_requests` names the
+    (conversation, turn) pairs that were asked; None: those observed.
     """
     pairings = _pair(observed, known, case)
     wrong = [(pairing, text) for pairing in pairings if (text := _mismatch(pairing)) is not None]
@@ -134,6 +137,11 @@ def judge_greedy(
         )
         if any(count == 0 for request in observed for count in request.engine_steps):
             sentence += " The engine cannot say itself that each event is one step."
+        if n_unordered := sum(pairing.unordered for pairing in pairings):
+            sentence += (
+                f" In {n_unordered} of them the engine tells how many of consecutive one-token "
+                "steps were drafted, not which."
+            )
     return Verdict(
         ok=fault is None,
         n_requests=len(observed),
@@ -146,7 +154,28 @@ def judge_greedy(
 
 
 def _pair(observed: Iterable[ObservedRequest], known: KnownAnswer, case: Case) -> list[_Pairing]:
-    return [_Pairing(request, case.steps(known, request.prompt_ids)) for request in observed]
+    return [_in_order(request, case.steps(known, request.prompt_ids)) for request in observed]
+
+
+def _in_order(request: ObservedRequest, steps: Sequence[ExpectedStep]) -> _Pairing:
+    """The pairing, with the counts of consecutive one-token steps in the known order, if what is
+    told of them is the same but for the order (drafted without success, or not drafted)."""
+    told = list(zip(request.accepted, request.drafted, strict=False))
+    known = [(step.accepted, step.drafted) for step in steps]
+    if len(told) != len(known) or len(told) != len(request.n_tokens):
+        return _Pairing(request, steps)
+    ordered = list(told)
+    start = 1
+    for i in range(1, len(told) + 1):
+        in_run = i < len(told) and request.n_tokens[i] == 1 and told[i][0] == known[i][0] == 0
+        if not in_run:
+            if sorted(told[start:i]) == sorted(known[start:i]):
+                ordered[start:i] = known[start:i]
+            start = i + 1
+    if ordered == told:
+        return _Pairing(request, steps)
+    accepted, drafted = zip(*ordered, strict=True)
+    return _Pairing(replace(request, accepted=accepted, drafted=drafted), steps, unordered=True)
 
 
 def _output(steps: Iterable[ExpectedStep]) -> list[int]:
