@@ -157,7 +157,7 @@ def engine_cases(
     )
     sampled = ((max(concurrencies), max(output_lengths), None, 1.0),)
     for algorithm in algorithms:
-        lengths = draft_lengths if algorithm == "DRAFT_TARGET" else draft_lengths[-1:]
+        lengths = draft_lengths[-1:] if algorithm == "NONE" else draft_lengths
         for k in lengths:
             extra = sampled if algorithm == "DRAFT_TARGET" and k == lengths[-1] else ()
             yield EngineCase("word", algorithm, k, grid + extra)
@@ -225,10 +225,10 @@ def _config(
 ) -> RunConfig:
     concurrency, output_length, n_rows, temperature = cell
     drafted = case.algorithm == "DRAFT_TARGET"
+    k = "" if case.algorithm == "NONE" else f"-k{case.draft_length}"
     name = (
-        f"{case.pair}-{case.algorithm}-k{case.draft_length}-n{concurrency}-o{output_length}"
-        f"-t{temperature:g}"
-    ).lower()
+        f"{case.pair}-{case.algorithm}{k}-n{concurrency}-o{output_length}-t{temperature:g}".lower()
+    )
     return from_dict(
         {
             **base,
