@@ -89,8 +89,8 @@ def calibrate_command(
 
 def test_every_step_of_every_request_is_the_known_one(eager_yaml: Path, tmp_path: Path) -> None:
     """NONE, DRAFT_TARGET and NGRAM (K 1, 3, 5) at concurrency 1, 8, 64 and 5, 20, 128 tokens;
-    natural multi-turn prompts; and sampled, which this vLLM gets right only with the function that its CPU
-    build lacks (tests/vllm_cpu_fix)."""
+    natural multi-turn prompts; and sampled, which this vLLM gets right only with the function that
+    its CPU build lacks (tests/vllm_cpu_fix)."""
     code, cases, output = calibrate_command(eager_yaml, tmp_path / "calibrate", plugin=True)
     assert code == 0, output
     # 9 cells for NONE and for each K of the two others; one sampled; one with natural prompts.
