@@ -36,6 +36,13 @@ class _Live:
     n_tokens: int = 0
 
 
+def _number(options: Mapping[str, object], name: str, low: float, high: float) -> float:
+    value = options[name]
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise UserError(f"{name} is {value!r}: expected a number from {low:g} to {high:g}")
+    return float(value)
+
+
 class NullEngine:
     """Every request steps once per period, each step accepting drafts by independent coins.
 
@@ -56,12 +63,14 @@ class NullEngine:
                 )
         if settings.block_size is not None:
             raise UserError("the null engine has no --block_size: leave it out")
+        if settings.sampling.extra:
+            raise UserError("the null engine takes no sampling_kwargs: leave them out")
         options = {**DEFAULTS, **settings.engine_args}
         self._k = 0 if settings.algorithm == "NONE" else settings.draft_length
-        self._acceptance = float(str(options["acceptance"]))
-        self._step_ns = int(float(str(options["step_ms"])) * 1e6)
-        self._prefill_ns = int(float(str(options["prefill_ms"])) * 1e6)
-        self._vocab_size = int(str(options["vocab_size"]))
+        self._acceptance = _number(options, "acceptance", 0, 1)
+        self._step_ns = int(_number(options, "step_ms", 1e-3, 1e9) * 1e6)
+        self._prefill_ns = int(_number(options, "prefill_ms", 1e-3, 1e9) * 1e6)
+        self._vocab_size = int(_number(options, "vocab_size", 1, 1e9))
         self._tells_accepted = bool(options["tells_accepted"])
         self._real_time = bool(options["real_time"])
         self._settings = settings

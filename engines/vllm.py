@@ -49,6 +49,7 @@ OURS = {
     "skip_tokenizer_init": "prompts are token IDs and no text is needed",
     "disable_log_stats": "the engine's counters are needed",
     "stream_interval": "every step is recorded",
+    "max_num_seqs": "it is --concurrency, in both arms",
     "per_request_spec_decode_metrics": "per-step acceptance is needed",
 }
 """Engine arguments that the measurement itself sets, and why."""
@@ -94,7 +95,6 @@ class VllmEngine:
         "pipeline_parallel_size": "pp_size",
         "data_parallel_size": "dp_size",
         "max_model_len": "max_seq_len",
-        "max_num_seqs": "concurrency",
         "enable_prefix_caching": "prefix_cache",
         "seed": "seed",
         "trust_remote_code": "trust_remote_code",
@@ -133,23 +133,24 @@ class VllmEngine:
         self._arrived = asyncio.Event()
         try:
             self._config = AsyncEngineArgs(**arguments).create_engine_config()
-            self._llm = self._run(self._start(AsyncLLM))
+            self._llm: Any = self._run(self._start(AsyncLLM))
         except Exception as error:
             self._asyncio.close()
             raise UserError(_why_no_start(error)) from error
-        self._listen()
 
     async def _start(self, factory: Any) -> Any:
-        return factory.from_vllm_config(self._config, disable_log_stats=False)
+        llm = factory.from_vllm_config(self._config, disable_log_stats=False)
+        self._listen(llm)  # before vLLM's own handler asks for its first message
+        return llm
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._asyncio.run_until_complete(coroutine)
 
     # ------------------------------------------------------------ the recording
 
-    def _listen(self) -> None:
+    def _listen(self, llm: Any) -> None:
         """See every message of the core before vLLM's own handler does."""
-        core = self._llm.engine_core
+        core = llm.engine_core
         receive: Callable[[], Coroutine[Any, Any, Any]] = core.get_output_async
 
         async def hook() -> Any:
@@ -157,17 +158,26 @@ class VllmEngine:
                 outputs = await receive()
             except BaseException as error:
                 if not isinstance(error, asyncio.CancelledError):
-                    self._death = f"vLLM's engine core ended ({type(error).__name__}: {error})"
-                    self._arrived.set()
+                    self._die(f"vLLM's engine core ended ({type(error).__name__}: {error})")
                 raise
-            self._take(outputs)
+            try:
+                self._take(outputs, llm.output_processor.request_states)
+            except Exception as error:
+                self._die(
+                    f"a message of vLLM {self.version} is not as expected "
+                    f"({type(error).__name__}: {error})"
+                )
+                raise
             return outputs
 
         core.get_output_async = hook
 
-    def _take(self, message: Any) -> None:
+    def _die(self, why: str) -> None:
+        self._death = why
+        self._arrived.set()
+
+    def _take(self, message: Any, states: Mapping[str, Any]) -> None:
         """One message = one engine step: at most one Step for each request in it."""
-        states = self._llm.output_processor.request_states
         time_ns = round(message.timestamp * 1e9)
         taken: list[tuple[_Live, Any]] = []
         for output in message.outputs:
@@ -211,6 +221,9 @@ class VllmEngine:
             self._add(spec)
         if self._k == 0 or (stats is not None and (spec is None or spec.num_drafts == 0)):
             return [(0, 0)] * len(taken)
+        if self._settings.prefix_cache and not all(decoding):
+            # A first step may hold a padded draft and stand in for a plain one in the totals.
+            return [(UNKNOWN, UNKNOWN)] * len(taken)
         nothing = [(UNKNOWN, UNKNOWN) if drafted else (0, 0) for drafted in decoding]
         if spec is None or spec.num_drafts != sum(decoding):
             return [(UNKNOWN, UNKNOWN)] * len(taken) if spec is not None else nothing
@@ -287,7 +300,14 @@ class VllmEngine:
         return events
 
     async def _wait(self) -> None:
-        await self._arrived.wait()
+        """Until something arrived, or vLLM's handler ended, after which nothing can."""
+        arrived = asyncio.ensure_future(self._arrived.wait())
+        handler = self._llm.output_handler
+        waited_for = {arrived} if handler is None else {arrived, handler}
+        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+        arrived.cancel()
+        if handler is not None and handler.done() and self._death is None:
+            self._death = "vLLM's output handler ended: see its own log, above"
 
     def counters(self) -> EngineCounters | None:
         if self._k == 0:

@@ -107,6 +107,8 @@ def known_answer(directory: Path, prepared: session.Prepared) -> dict[str, Any] 
         or run.manifest["refused"]
         or run.columns.failed.any()
         or config["temperature"] != 0
+        or config["sampling_kwargs"]
+        or _near_limit(run)
         or not supported
     ):
         return None
@@ -125,6 +127,15 @@ def known_answer(directory: Path, prepared: session.Prepared) -> dict[str, Any] 
         "by_category": lengths,
         "overall": sum(told) / len(told) if told and len(told) == len(lengths) else None,
     }
+
+
+def _near_limit(run: store.Run) -> bool:
+    """Whether a request came so near to the engine's limit that it drafts fewer tokens there."""
+    limit, k = run.manifest["engine"]["max_seq_len"], run.manifest["engine"]["draft_length"]
+    longest = (
+        int(run.columns.n_prompt_tokens.max(initial=0)) + run.manifest["config"]["output_length"]
+    )
+    return limit is not None and longest > limit - 2 * (k + 1)
 
 
 # ---------------------------------------------------------------- the cases

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from speedbench import metrics
-from speedbench.columns import Columns
+from speedbench.columns import Columns, Ints
 from speedbench.store import Run, expected_conversations
 
 
@@ -22,7 +22,10 @@ class Check:
 
 
 def all_checks(run: Run) -> Iterator[Check]:
-    """Every plausibility identity of DESIGN.md section 5, told only where it fails."""
+    """The plausibility identities of DESIGN.md section 5, told only where they fail.
+
+    AL <= K+1 and a monotone survival hold by construction: no step longer than K+1 is counted.
+    """
     yield from _provenance(run)
     yield from _completeness(run)
     yield from _steps(run)
@@ -81,13 +84,18 @@ def _completeness(run: Run) -> Iterator[Check]:
     elif status != "complete":
         ends = [s.get("message") for s in manifest["sessions"] if s.get("message")]
         yield _warning(f"the run is {status}" + (f": {ends[-1]}" if ends else ""))
+    if any(s.get("n_uncommitted") for s in manifest["sessions"]) and status != "complete":
+        yield _warning(
+            "conversations in flight at the end are missing, and they are the long ones: lengths "
+            "and times below lean to short answers until --resume has measured them"
+        )
     if len(manifest["sessions"]) > 1:
         yield _note(
             f"the run was resumed: {len(manifest['sessions'])} sessions; acceptance pools them, "
             "throughput does not"
         )
     if n_failed := int(columns.failed.sum()):
-        reasons = sorted({e for e in run.turns.take(run.used)["error"].to_pylist() if e})
+        reasons = [e for e in run.turns.take(run.used)["error"].to_pylist() if e]
         yield _warning(
             f"{n_failed} conversation(s) failed and are in no number below; first reason: "
             f"{reasons[0] if reasons else 'not told'}"
@@ -175,6 +183,28 @@ def _outputs(run: Run) -> Iterator[Check]:
     limit = run.manifest["config"]["output_length"]
     if (lengths > limit).any():
         yield _error(f"{int((lengths > limit).sum())} request(s) are longer than {limit} tokens")
+    yield from _context_limit(run, lengths)
+
+
+def _context_limit(run: Run, lengths: Ints) -> Iterator[Check]:
+    """Answers that ended before their limit, and those so near the engine's that it drafts less."""
+    columns, engine = run.columns, run.manifest["engine"]
+    k, longest = int(engine["draft_length"]), engine.get("max_seq_len")
+    total = columns.n_prompt_tokens + lengths
+    near = total > longest - 2 * (k + 1) if longest is not None else np.zeros(len(total), bool)
+    reason = np.array(run.turns["finish_reason"].to_pylist(), dtype=object)[run.used]
+    short = (reason == "length") & (lengths < run.manifest["config"]["output_length"]) & ~near
+    if short.any():
+        yield _error(
+            f"{int(short.sum())} request(s) ended by the length limit with fewer tokens than that: "
+            "steps of theirs are missing"
+        )
+    if k and near.any():
+        yield _warning(
+            f"{int(near.sum())} request(s) came within 2(K+1) tokens of the engine's limit of "
+            f"{longest}, where engines draft fewer tokens or none: acceptance is understated; "
+            f"raise --max_seq_len by {2 * (k + 1)} in both arms"
+        )
 
 
 def _clock(run: Run) -> Iterator[Check]:

@@ -57,8 +57,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "speedbench") -> int:
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return USAGE
-    except BrokenPipeError:  # `... | head`
-        return OK
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `... | head`
+            return OK
+        print(f"{prog}: {error}: check the path and its permissions", file=sys.stderr)
+        return USAGE
 
 
 def _dispatch(argv: list[str], prog: str) -> int:
@@ -210,7 +213,10 @@ def _run_configured(asked: _Asked, signals: _Signals) -> int:
         outcome = _measure(config, prepared, engine, target, signals)
     finally:
         engine.close()
-    _add_known_answer(config, prepared, directory)
+    try:
+        _add_known_answer(config, prepared, directory)
+    except UserError as error:
+        print(f"speedbench: no comparison with the closed form: {error}", file=sys.stderr)
     _print_report([directory], "console")
     _say_end(outcome, directory)
     return _exit_code(outcome, signals)
@@ -244,7 +250,7 @@ def start_engine(config: RunConfig) -> Engine:
 def _exit_code(outcome: Outcome, signals: _Signals) -> int:
     if signals.received is not None:
         return 128 + signals.received
-    if outcome.end.reason == "engine died" or (
+    if outcome.end.reason in ("engine died", "crashed") or (
         outcome.n_failed and outcome.n_failed == outcome.n_committed
     ):
         return FAILED
@@ -274,6 +280,7 @@ def _configuration(given: dict[str, Any]) -> _Asked:
     """The run's configuration from flags, files and a stored manifest."""
     from speedbench import store
     from speedbench.config import from_dict
+    from speedbench.environment import redact
 
     outside = {name: given.pop(name) for name in OUTSIDE_CONFIG if name in given}
     flags = _normalised(given, outside)
@@ -283,15 +290,25 @@ def _configuration(given: dict[str, Any]) -> _Asked:
         if "save_dir" not in flags:
             raise UserError("--resume needs --save_dir: name the run directory to continue")
         resume_dir = Path(flags["save_dir"])
+        if "config" in outside:
+            raise UserError("--resume continues a run as it was configured: leave out --config")
         values = dict(store.read_manifest(resume_dir)["config"])
         values.update(max_duration=None, show_progress=False)  # of that session, not of the run
     elif "config" in outside:
         path = Path(outside["config"])
-        manifest = store.read_manifest(path if path.is_dir() else path.parent)
+        manifest = (
+            store.read_manifest(path)
+            if path.is_dir()
+            else store.read_manifest(path.parent, path.name)
+        )
         values = {**manifest["config"], "save_dir": None}
         fingerprint = str(manifest["prompts"]["fingerprint"])
     stored = from_dict(values) if values else None
-    values.update(_merged_with_file(flags, outside.get("runtime_params"), values))
+    values.update(_merged_with_file(outside.get("runtime_params")))
+    if "<redacted>" in str(values):
+        raise UserError(
+            "the stored configuration lacks a secret that was redacted: give --runtime_params again"
+        )
     values.update(flags)
     if "engine" not in values:
         raise UserError(f"--engine is missing: use one of {', '.join(_engine_names())}")
@@ -302,10 +319,11 @@ def _configuration(given: dict[str, Any]) -> _Asked:
     if config.engine != "NULL" and config.model_dir is None:
         raise UserError("--model_dir is missing: name the target checkpoint")
     if resume_dir is not None and stored is not None:
-        for name, (was, now) in stored.differences(config).items():
+        shown = from_dict(redact(config.model_dump(mode="json")))
+        for name, (was, now) in stored.differences(shown).items():
             raise UserError(
                 f"--resume cannot change --{name}: the run in {resume_dir} has {was!r}, you ask "
-                f"for {now!r}; leave the flag out, or start a new run"
+                f"for {now!r}; leave it out, or start a new run"
             )
     if stored is None or stored.differences(config):
         fingerprint = None  # something new was asked for
@@ -323,14 +341,15 @@ def _normalised(given: dict[str, Any], outside: Mapping[str, Any]) -> dict[str, 
     if "random_isl" in flags:
         flags.setdefault("dataset", "random")
     if "category" in flags:
-        flags["category"] = [c for part in flags["category"] for c in part.split(",") if c]
+        parts = [name.strip() for part in flags["category"] for name in part.split(",")]
+        if not all(parts):
+            raise UserError("--category has an empty name: separate names by single commas")
+        flags["category"] = parts
     return flags
 
 
-def _merged_with_file(
-    flags: Mapping[str, Any], path: str | None, stored: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Sections of the YAML file; sampling names that have a flag move to it, unless it is given."""
+def _merged_with_file(path: str | None) -> dict[str, Any]:
+    """Sections of the YAML file; sampling names that have a flag move to it."""
     from speedbench.config import read_runtime_params
 
     if path is None:
@@ -427,8 +446,10 @@ class _Signals:
     def handle(self, number: int, _frame: FrameType | None) -> None:
         again = self.received is not None
         self.received = number
+        name = signal.Signals(number).name
         if again or not self._graceful:
-            raise KeyboardInterrupt
+            print(f"\nspeedbench: ended by {name}", file=sys.stderr)
+            raise SystemExit(128 + number)  # not KeyboardInterrupt: vLLM swallows that one
         print("\nspeedbench: stopping; once more ends it at once", file=sys.stderr)
 
     def why(self) -> str | None:
@@ -452,10 +473,6 @@ def _signals() -> Iterator[_Signals]:
     before = {n: signal.signal(n, signals.handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
-    except KeyboardInterrupt:
-        number = signals.received or signal.SIGINT
-        print(f"\nspeedbench: ended by {signal.Signals(number).name}", file=sys.stderr)
-        raise SystemExit(128 + number) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -526,6 +543,8 @@ def _print_report(directories: Sequence[Path], form: str) -> None:
     if len(runs) == 2:
         runs.sort(key=lambda run: run.manifest["engine"]["draft_length"] > 0)
         both = pair(*runs)
+        if directories[0].resolve() == directories[1].resolve():
+            raise UserError(f"{directories[0]} was named twice: name a baseline and another run")
     elif len(runs) > 2:
         raise UserError(
             f"{len(runs)} runs were named: report one, or a baseline and a speculative run"
@@ -597,6 +616,10 @@ def _print_verdicts(engine: str, given: argparse.Namespace, directory: Path) -> 
                 f"--algorithm is '{algorithm}': known answers exist for {', '.join(ALGORITHMS)}"
             )
     supported = [a for a in wanted if a in adapter.algorithms]
+    if not supported:
+        raise UserError(f"{engine} has none of {', '.join(wanted)}: nothing can be calibrated")
+    if directory.exists():
+        raise UserError(f"{directory} exists: choose another --save_dir")
     cases = list(
         calibrate.engine_cases(
             supported,
@@ -608,7 +631,7 @@ def _print_verdicts(engine: str, given: argparse.Namespace, directory: Path) -> 
     base = {
         "engine": engine,
         "tp_size": _numbers("--tp_size", given.tp_size)[0],
-        **_merged_with_file({}, given.runtime_params, {}),
+        **_merged_with_file(given.runtime_params),
     }
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{'case':<42}{'requests':>9}{'steps':>8}  verdict[/bold]")

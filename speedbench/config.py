@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,9 @@ def _flag(group: str, text: str, default: Any = ..., **limits: Any) -> Any:
 class RunConfig(BaseModel):
     """A validated run configuration; `model_dump(mode="json")` and `from_dict` round-trip it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
     engine: str = _flag("engine", "engine that decodes")
     model_dir: str | None = _flag("engine", "target checkpoint: folder or hub id", None)
@@ -256,4 +259,15 @@ def read_runtime_params(path: str) -> dict[str, dict[str, Any]]:
             raise UserError(
                 f"--runtime_params {path}: section '{section}' must map names to values"
             )
+    if _has_no_json(found):
+        raise UserError(f"--runtime_params {path} holds a NaN or an infinity: give finite numbers")
     return found
+
+
+def _has_no_json(value: object) -> bool:
+    """Whether a number in it is not finite, so that no manifest could hold it."""
+    if isinstance(value, dict):
+        return any(_has_no_json(inner) for inner in value.values())
+    if isinstance(value, list):
+        return any(_has_no_json(inner) for inner in value)
+    return isinstance(value, float) and not math.isfinite(value)

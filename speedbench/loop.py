@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from speedbench.types import (
@@ -25,6 +27,8 @@ from speedbench.types import (
 PromptFor = Callable[[Conversation, int, Sequence[Sequence[int]]], Prompt]
 """(row, turn, token IDs of the earlier replies) -> prompt; raises PromptRefusedError."""
 
+
+EndReason = Literal["finished", "stopped", "engine died", "crashed"]
 
 _NO_PROMPT = Prompt((), "")
 
@@ -60,7 +64,7 @@ class LoopEnd:
     `n_stray_steps` came for requests that were not in flight.
     """
 
-    reason: Literal["finished", "stopped", "engine died"]
+    reason: EndReason
     message: str
     started_ns: int
     ended_ns: int
@@ -100,13 +104,14 @@ class Loop:
         self._stop = stop
         self._clock = clock
         self._flights: dict[str, _Flight] = {}
+        self._ready: list[_Flight] = []
         self._n_admitted = 0
         self._n_stray_steps = 0
         self.n_done = 0
         self.n_tokens = 0
 
     def run(self, rows: Iterable[Conversation]) -> LoopEnd:
-        """Ask every row; returns when all have ended, on `stop`, or when the engine died."""
+        """Ask every row; returns when all have ended, on `stop`, or when something broke."""
         queue = iter(rows)
         started_ns = self._clock()
         try:
@@ -114,11 +119,19 @@ class Loop:
             while self._flights:
                 for step in self._engine.poll():
                     self._take(step)
+                while self._ready:
+                    self._ask(self._ready.pop(0))
                 if (why := self._stop()) is not None:
                     return self._end("stopped", why, started_ns)
                 self._fill(queue)
         except EngineDiedError as death:
             return self._end("engine died", str(death), started_ns)
+        except Exception as error:  # noqa: BLE001 - whatever it is, what was committed is stored
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            message = (
+                f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            )
+            return self._end("crashed", message, started_ns)
         return self._end("finished", "", started_ns)
 
     def _fill(self, queue: Iterable[Conversation]) -> None:
@@ -167,16 +180,14 @@ class Loop:
         flight.steps = []
         flight.submitted_ns = UNKNOWN
         flight.request_id = f"{flight.request_id.rpartition('.')[0]}.{len(flight.ended)}"
-        self._ask(flight)
+        self._ready.append(flight)  # asked when all steps of this poll are taken
 
     def _end_conversation(self, flight: _Flight, last: TurnRecord) -> None:
         self.n_done += 1
         self._commit(ConversationRecord(flight.row.id, flight.row.category, (*flight.ended, last)))
 
-    def _end(
-        self, reason: Literal["finished", "stopped", "engine died"], message: str, started_ns: int
-    ) -> LoopEnd:
-        pending = self._flights.values()
+    def _end(self, reason: EndReason, message: str, started_ns: int) -> LoopEnd:
+        pending = [*self._flights.values(), *self._ready]
         return LoopEnd(
             reason,
             message,

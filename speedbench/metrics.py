@@ -123,6 +123,8 @@ class Acceptance:
     category     (C',) index into the run's categories
     whole, cut   (C', K+2) decode steps by length, uncensored and censored
     whole_verify, cut_verify  the same over verify steps alone
+    whole_offered, cut_offered  the same again, where a verify step that accepted all it had
+                 drafted, but had drafted fewer than K, is censored: no more was offered to it
     mean_uncut   (C',) mean length of uncensored decode steps, NaN without any
     mean_all     (C',) mean tokens of all events as they look, prefill and merged ones included
     n_verify, n_plain, n_decode  steps of each kind (n_decode: verify, plain and untold)
@@ -136,6 +138,8 @@ class Acceptance:
     cut: Ints
     whole_verify: Ints
     cut_verify: Ints
+    whole_offered: Ints
+    cut_offered: Ints
     mean_uncut: Floats
     mean_all: Floats
     n_verify: int
@@ -164,11 +168,14 @@ def acceptance(columns: Columns, draft_length: int) -> Acceptance:
     decode = keep & (kinds != PREFILL) & (kinds != MERGED)
     verify = keep & (kinds == VERIFY)
 
-    def count(mask: Bools) -> tuple[Ints, Ints]:
-        return count_lengths(group[mask], length[mask], censored[mask], n, draft_length)
+    exhausted = (columns.drafted < draft_length) & (length == columns.drafted + 1)
+
+    def count(mask: Bools, ended: Bools = censored) -> tuple[Ints, Ints]:
+        return count_lengths(group[mask], length[mask], ended[mask], n, draft_length)
 
     whole, cut = count(decode)
     whole_verify, cut_verify = count(verify)
+    whole_offered, cut_offered = count(verify, censored | exhausted)
     lengths = np.arange(draft_length + 2)
     return Acceptance(
         n_categories=len(columns.categories),
@@ -177,6 +184,8 @@ def acceptance(columns: Columns, draft_length: int) -> Acceptance:
         cut=cut,
         whole_verify=whole_verify,
         cut_verify=cut_verify,
+        whole_offered=whole_offered,
+        cut_offered=cut_offered,
         mean_uncut=_ratio(whole @ lengths, whole.sum(axis=1)),
         mean_all=_ratio(
             np.bincount(group[keep], columns.n_tokens[keep], n),
@@ -228,13 +237,13 @@ def acceptance_lengths(counts: Acceptance, weights: Floats) -> dict[str, Accepta
     if not counts.told_apart:  # those told to be verify steps are not all of them
         sums["whole_verify"][:] = sums["cut_verify"][:] = 0
     drafted = acceptance_length(sums["whole_verify"], sums["cut_verify"])
-    present = np.isin(np.arange(n), counts.category)  # categories with a measured conversation
 
     def pooled(whole: str, cut: str) -> Floats:
         return acceptance_length(sums[whole].sum(axis=1), sums[cut].sum(axis=1))
 
     def mean(values: Floats) -> Floats:
-        return values[:, present].mean(axis=1) if present.any() else np.full(b, np.nan)
+        # NaN if one category is: a mean over fewer categories would be another quantity.
+        return values.mean(axis=1) if n else np.full(b, np.nan)
 
     return {
         "al": AcceptanceLengths(by_category, mean(by_category)),

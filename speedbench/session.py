@@ -3,6 +3,7 @@ meet. Prints nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import Counter
@@ -17,14 +18,17 @@ from speedbench.config import RunConfig
 from speedbench.loop import Loop, LoopEnd
 from speedbench.types import (
     Conversation,
+    ConversationRecord,
     Engine,
     EngineInfo,
-    FinishReason,
     Prompt,
     PromptRefusedError,
     Sampling,
     UserError,
 )
+
+STATUS = {"finished": "complete", "stopped": "partial"}
+"""Status of a run by how its last session ended; failed otherwise."""
 
 WARMUP_TOKENS = 32
 """Tokens per warm-up request, at most: enough for every code path of a decode step."""
@@ -50,9 +54,6 @@ class Prepared:
     @property
     def expected(self) -> Counter[str]:
         return Counter(row.category for row in self.rows)
-
-    def longest(self) -> int:
-        return max(len(prompt.token_ids) for prompt in self.prompts.values())
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -104,6 +105,8 @@ def _refuse_missing(flag: str, value: str | None) -> None:
     """Raise UserError for a checkpoint folder that is none; a hub id is left to the engine."""
     if value is None:
         return
+    if not value:
+        raise UserError(f"--{flag} is empty: give a checkpoint's folder or a hub id")
     path = Path(value)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -111,11 +114,8 @@ def _refuse_missing(flag: str, value: str | None) -> None:
                 f"--{flag} {value} has no config.json: give the folder of a checkpoint in "
                 "Hugging Face format"
             )
-    elif path.is_absolute() or value.startswith((".", "~")) or value.count("/") != 1:
-        raise UserError(
-            f"--{flag} {value} does not exist: give a checkpoint folder or a hub id "
-            "(organisation/name)"
-        )
+    elif path.exists() or path.is_absolute() or value[0] in ".~" or value.count("/") > 1:
+        raise UserError(f"--{flag} {value} is no folder: give a checkpoint's folder or a hub id")
 
 
 def _need(encoder: prompts.PromptEncoder | None) -> prompts.PromptEncoder:
@@ -238,12 +238,14 @@ def measure(
     if not target.manifest:
         store.create(target.directory)
     with store.locked(target.directory):
+        _refuse_changed(target)
         manifest = _manifest(config, prepared, info, refused, target, argv)
         session: dict[str, Any] = {
             "session": target.session,
             "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "started_ns": clock(),
             "ended_ns": None,
+            "argv": environment.redact_argv(argv),
         }
         manifest["sessions"].append(session)
         store.write_manifest(target.directory, manifest)
@@ -267,8 +269,12 @@ def measure(
         try:
             end = loop.run(rows)
         except BaseException:  # ended at once by the user: keep what was committed
-            writer.close()
+            with contextlib.suppress(UserError):
+                writer.close()
             raise
+        if end.reason == "engine died" and (why := stop()) is not None:
+            # A terminal's Ctrl-C reaches the engine's processes, too.
+            end = dataclasses.replace(end, reason="stopped", message=why)
         try:
             writer.close()
         finally:
@@ -285,13 +291,21 @@ def measure(
                 if before is None or after is None
                 else dataclasses.asdict(after.since(before)),
             )
-            manifest["status"] = {
-                "finished": "complete",
-                "stopped": "partial",
-                "engine died": "failed",
-            }[end.reason if writer.failure is None else "engine died"]
+            ended_well = writer.failure is None and end.reason in STATUS
+            manifest["status"] = STATUS[end.reason] if ended_well else "failed"
             store.write_manifest(target.directory, manifest)
     return Outcome(end, len(rows), loop.n_done, len(failed))
+
+
+def _refuse_changed(target: Target) -> None:
+    """Under the lock: the stored run must be as it was when its committed rows were read."""
+    if not target.manifest:
+        return
+    now = store.read_manifest(target.directory)
+    if now["sessions"] != target.manifest["sessions"]:
+        raise UserError(
+            f"{target.directory} was continued by another process meanwhile: start --resume again"
+        )
 
 
 def _same_engine(info: EngineInfo, target: Target) -> None:
@@ -305,6 +319,17 @@ def _same_engine(info: EngineInfo, target: Target) -> None:
             raise UserError(
                 f"{target.directory} was measured with {name} = {was.get(name)!r}, the engine now "
                 f"says {value!r}: resume on the same engine and machine, or start a new run"
+            )
+
+
+def _same_machine(machine: Mapping[str, Any], target: Target) -> None:
+    """Times of two machines, or of two checkpoints, are not one distribution."""
+    was = target.manifest.get("environment", {})
+    for name in ("cpu", "gpus", "checkpoints"):
+        if target.manifest and was.get(name) != machine[name]:
+            raise UserError(
+                f"{target.directory} was measured with other {name} ({was.get(name)!r}) than are "
+                f"here ({machine[name]!r}): resume where it began, or start a new run"
             )
 
 
@@ -419,11 +444,11 @@ def _warm_up(
     ).run(rows)
 
 
-def _noting_failures(writer: store.Writer, failed: list[str]) -> Callable[..., None]:
-    bad: tuple[FinishReason, ...] = ("error", "refused")
-
-    def commit(record: Any) -> None:
-        if any(turn.finish_reason in bad for turn in record.turns):
+def _noting_failures(
+    writer: store.Writer, failed: list[str]
+) -> Callable[[ConversationRecord], None]:
+    def commit(record: ConversationRecord) -> None:
+        if any(turn.finish_reason in store.FAILED for turn in record.turns):
             failed.append(record.conversation_id)
         writer.commit(record)
 
@@ -460,6 +485,8 @@ def _manifest(
     target: Target,
     argv: Sequence[str],
 ) -> dict[str, Any]:
+    machine = environment.capture(argv, (config.model_dir, config.draft_model_dir))
+    _same_machine(machine, target)
     return {
         "format": store.FORMAT,
         "status": "running",
@@ -478,7 +505,7 @@ def _manifest(
             "tokenizer": config.tokenizer or config.model_dir,
         },
         "refused": list(refused),
-        "environment": environment.capture(argv, (config.model_dir, config.draft_model_dir)),
+        "environment": target.manifest.get("environment", machine),
         "sessions": [dict(s) for s in target.manifest.get("sessions", [])],
     }
 

@@ -64,12 +64,21 @@ STEPS = pa.schema(
 
 def refuse_existing(directory: Path) -> None:
     """Raise UserError if a new run would meet something in its directory."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and (not directory.is_dir() or _holds_anything(directory)):
         what = "a run" if (directory / "manifest.json").exists() else "something"
         raise UserError(
             f"{directory} already holds {what}: choose another --save_dir, or continue that run "
             "with --resume"
         )
+
+
+def _holds_anything(directory: Path) -> bool:
+    """Whether there is more than the empty skeleton of a run that ended before it began."""
+    skeleton = {"turns", "steps", ".lock"}
+    return any(
+        path.name not in skeleton or (path.is_dir() and any(path.iterdir()))
+        for path in directory.iterdir()
+    )
 
 
 def create(directory: Path) -> None:
@@ -140,6 +149,7 @@ class Writer:
         self._next_part = _last_part(directory) + 1
         self._queue: queue.SimpleQueue[ConversationRecord | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
+        self._unwritten: list[ConversationRecord] = []
         self._thread = threading.Thread(target=self._work, name="speedbench-writer", daemon=True)
         self._thread.start()
 
@@ -156,10 +166,25 @@ class Writer:
         self._queue.put(None)
         self._thread.join()
         if self._failure is not None:
+            self._salvage()
+            lost = len(self._unwritten)
             raise UserError(
-                f"{self._directory} could not be written any more ({self._failure}): what was "
-                "committed before is stored; free space or mend the path, then --resume"
+                f"{self._directory} could not be written any more ({self._failure}): {lost} "
+                "finished conversation(s) are not stored, all earlier ones are; free space or mend "
+                "the path, then --resume"
             )
+
+    def _salvage(self) -> None:
+        """After a failed write: everything that waits once more, one conversation at a time."""
+        waiting, self._unwritten = self._unwritten, []
+        while not self._queue.empty():
+            if (record := self._queue.get()) is not None:
+                waiting.append(record)
+        for record in waiting:
+            try:
+                self._write_part([record])
+            except Exception:  # noqa: BLE001 - counted, and told by close()
+                self._unwritten.append(record)
 
     def _work(self) -> None:
         pending: list[ConversationRecord] = []
@@ -179,7 +204,7 @@ class Writer:
                 try:
                     self._write_part(pending)
                 except Exception as error:  # noqa: BLE001 - handed to the loop, which stops
-                    self._failure = error
+                    self._failure, self._unwritten = error, pending
                     return
             pending, due_s = [], None
             if record is None:
@@ -289,9 +314,16 @@ class Run:
     damage: tuple[str, ...]
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+SECTIONS = {
+    "status": str, "config": dict, "engine": dict, "dataset": dict, "prompts": dict,
+    "environment": dict, "sessions": list,
+}  # fmt: skip
+"""What every manifest holds, whatever else."""
+
+
+def read_manifest(directory: Path, name: str = "manifest.json") -> dict[str, Any]:
     """The manifest of a stored run. Raises UserError if there is none that can be read."""
-    path = directory / "manifest.json"
+    path = directory / name
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -308,11 +340,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has format {found}, this speedbench reads up to {FORMAT}: install a newer one"
         )
+    for section, kind in SECTIONS.items():
+        if not isinstance(manifest.get(section), kind):
+            raise UserError(
+                f"{path} is no manifest of a run: its '{section}' is missing or no "
+                f"{kind.__name__}; restore it from a copy"
+            )
     return manifest
 
 
 def committed(directory: Path) -> dict[str, bool]:
-    """Conversation id -> whether its last attempt succeeded, from the parts on disk."""
+    """Conversation id -> whether its last attempt needs no other, from the parts on disk."""
     done: dict[str, bool] = {}
     parts, _ = _read_parts(directory, with_steps=False)
     for turns, _steps in parts:
@@ -320,7 +358,8 @@ def committed(directory: Path) -> dict[str, bool]:
         for name, reason in zip(
             turns["conversation_id"].to_pylist(), turns["finish_reason"].to_pylist(), strict=True
         ):
-            attempt[name] = attempt.get(name, True) and reason not in FAILED
+            # A refused later turn would be refused again; a failed request is tried again.
+            attempt[name] = attempt.get(name, True) and reason != "error"
         done.update(attempt)
     return done
 

@@ -29,7 +29,7 @@ def turn(
     times_ns: Sequence[int] | None = None,
     engine_steps: Sequence[int] | None = None,
     told: Sequence[Pair] | None = None,
-    finish: FinishReason = "length",
+    finish: FinishReason = "stop",
     error: str | None = None,
 ) -> TurnRecord:
     """A turn whose events have these numbers of tokens, the prefill first.

@@ -95,6 +95,11 @@ def without_template(tmp: Path, models: Path) -> list[str]:
     return ["--engine", "NULL", "--tokenizer", str(folder), "--dataset", "mini"]
 
 
+def foreign(tmp: Path) -> str:
+    (tmp / "foreign.json").write_text('{"format": 1}')
+    return str(tmp / "foreign.json")
+
+
 def always(*arguments: str) -> Mistake:
     return lambda tmp, models: list(arguments)
 
@@ -173,6 +178,14 @@ MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
     ),
     "unknown vLLM sampling parameter": (
         vllm_arguments("sampling_kwargs: {min_pee: 0.1}"), ["min_pee", "min_p"]
+    ),
+    "infinite temperature": (always(*NULL, "--temperature", "inf"), ["--temperature", "inf"]),
+    "yaml with NaN": (yaml_file("sampling_kwargs: {min_p: .nan}"), ["NaN"]),
+    "null engine argument of another type": (yaml_file("engine_args: {step_ms: abc}"), ["step_ms"]),
+    "empty category": (always(*NULL, "--category", ""), ["--category"]),
+    "vLLM's own slots": (vllm_arguments("engine_args: {max_num_seqs: 256}"), ["--concurrency"]),
+    "config of something else": (
+        lambda tmp, models: ["--config", foreign(tmp)], ["foreign.json", "status"]
     ),
     "yaml section": (yaml_file("engine: {a: 1}"), ["engine", "engine_args"]),
     "yaml broken": (yaml_file("engine_args: ["), ["YAML"]),

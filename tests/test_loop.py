@@ -12,6 +12,7 @@ from speedbench.loop import Loop, LoopEnd
 from speedbench.types import (
     Conversation,
     ConversationRecord,
+    EngineDiedError,
     Prompt,
     PromptRefusedError,
     Request,
@@ -150,6 +151,39 @@ def test_a_dead_engine_keeps_what_was_committed_and_counts_the_rest() -> None:
     assert "as told" in end.message
     assert [r.conversation_id for r in done] == ["c0"]
     assert (end.n_uncommitted, end.n_uncommitted_tokens) == (1, 5)
+
+
+def test_a_death_while_asking_keeps_what_the_same_poll_finished() -> None:
+    """c0's second turn cannot be submitted; c1 and c2 ended in the same poll."""
+    engine = ScriptedEngine(lambda r: plain(r, [2]))
+    submit = engine.submit
+
+    def dying(request: Request) -> None:
+        if request.token_ids[1] == 1:
+            raise EngineDiedError("gone")
+        submit(request)
+
+    engine.submit = dying  # type: ignore[method-assign]
+    done: list[ConversationRecord] = []
+    end = Loop(
+        engine, prompt_for, Sampling(), output_length=8, concurrency=3, id_prefix="t",
+        commit=done.append, stop=lambda: None, clock=engine.now_ns,
+    ).run(rows(2, 1, 1))  # fmt: skip
+    assert (end.reason, end.message) == ("engine died", "gone")
+    assert [r.conversation_id for r in done] == ["c1", "c2"]
+    assert (end.n_uncommitted, end.n_uncommitted_tokens) == (1, 2)
+
+
+def test_an_unexpected_exception_ends_the_loop_in_order() -> None:
+    def script(request: Request) -> Sequence[Step]:
+        if request.token_ids[0] == 1:
+            raise KeyError("surprise")
+        return plain(request, [1])
+
+    end, done, _ = run(script, rows(1, 1, 1), concurrency=1)
+    assert end.reason == "crashed"
+    assert "KeyError: 'surprise'" in end.message
+    assert [r.conversation_id for r in done] == ["c0"]
 
 
 def test_stop_ends_the_run_between_polls() -> None:

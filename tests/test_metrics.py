@@ -271,6 +271,19 @@ def test_weights_of_the_named_lengths(tmp_path: Path) -> None:
     assert lengths["al_specdec_bench"].value == pytest.approx((13 / 4 + 2 / 2 + 3 / 2) / 3)
 
 
+def test_what_was_not_drafted_was_not_rejected(tmp_path: Path) -> None:
+    """K = 3, but only one token drafted in three steps of four, and accepted: nothing failed.
+
+    The acceptance length counts tokens per step all the same: (2 + 2 + 2 + 4) / 4.
+    """
+    told = [(0, 0), (1, 1), (1, 1), (1, 1), (3, 3)]
+    records = [conversation(f"c{i}", "qa", [1, 2, 2, 2, 4], told=told) for i in range(2)]
+    summary = summarize(stored(tmp_path / "r", records))
+    assert [figure.value for figure in summary.rates] == [1, 1, 1]
+    assert summary.lengths["al"].value == pytest.approx(2.5)
+    assert summary.lengths["al_drafted"].value == pytest.approx(2.5)
+
+
 def test_plain_steps_are_decode_steps_but_not_drafted_ones(tmp_path: Path) -> None:
     """An n-gram miss: AL 2 over decode steps, 3 over verify steps, hit rate a half."""
     record = turn("r", [1, 1, 4, 1, 2], told=[(0, 0), (0, 0), (3, 3), (0, 0), (1, 3)])

@@ -310,7 +310,7 @@ def test_what_is_not_known_is_not_a_number_and_has_a_reason(tmp_path: Path) -> N
     text = " ".join(shown(run).split())
     assert "n/a: broken, unasked: no conversation was measured" in text
     assert "n/a: silent: no single decode step was recorded" in text
-    assert "category silent: no single decode step" in text
+    assert "category broken: no conversation was measured" in text
     assert "throughput is not pooled over 2 sessions" in text
     assert re.search(r"broken . 0/1 . n/a", text)
     assert re.search(r"unasked . 0/2 . n/a", text)
@@ -398,7 +398,7 @@ def test_json_holds_reasons_and_never_a_number_that_json_lacks(tmp_path: Path) -
     assert found["manifest"]["engine"]["settings"]["dtype"] is None
     al = found["acceptance"]["al"]["al"]
     assert al["value"] is None
-    assert "silent" in al["why_not"]
+    assert "broken" in al["why_not"]
     assert found["output_tps"]["whole"]["why_not"]
 
 
@@ -423,7 +423,8 @@ def test_a_pair_counts_the_prompts_that_differ(tmp_path: Path) -> None:
     both = pair(run("a", ["aa", "bb"]), run("b", ["aa", "cc"]))
     found = [c for c in both.checks if "prompts" in c.sentence]
     assert [c.level for c in found] == ["warning"]
-    assert found[0].sentence.startswith("1 of 4 prompts differ")
+    assert found[0].sentence.startswith("1 conversation(s) had other prompts")
+    assert (both.n_other, both.n_pairs) == (1, {"qa": 1})
 
 
 def test_a_pair_shows_the_speedup_beside_the_length(tmp_path: Path) -> None:

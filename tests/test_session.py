@@ -10,12 +10,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from speedbench import store
+import engines
+from speedbench import session, store
 from speedbench.cli import main
+from speedbench.config import from_dict
+from speedbench.types import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -169,6 +173,34 @@ def test_what_is_too_long_is_refused_alone_counted_and_shown(
     shown = " ".join(capsys.readouterr().out.split())
     assert "1 row(s) were refused" in shown
     assert "3/4" in shown
+
+
+def test_two_resumptions_at_once_double_nothing(tmp_path: Path) -> None:
+    """Both read the run before either locks it: the second must notice and refuse."""
+    settings = from_dict({"engine": "NULL", "random_isl": 4, "dataset": "random",
+                          "num_requests": 30, "output_length": 4, "concurrency": 2,
+                          "save_dir": str(tmp_path / "run")})  # fmt: skip
+    prepared = session.prepare(settings)
+
+    def measured(target: session.Target, stop: Callable[[], str | None]) -> None:
+        engine = engines.adapter("NULL")(settings.engine_settings())
+        session.measure(settings, prepared, engine, target, stop=stop)
+
+    polls = iter([None] * 20)
+    measured(session.Target(tmp_path / "run"), lambda: next(polls, "enough"))
+    first, second = (session.resumed_target(tmp_path / "run", settings, prepared) for _ in "ab")
+    assert 0 < len(first.done) < 30
+    measured(first, lambda: None)
+    with pytest.raises(UserError, match="another process"):
+        measured(second, lambda: None)
+    assert set(conversations(tmp_path / "run").values()) == {1}
+    assert len(conversations(tmp_path / "run")) == 30
+
+
+def test_a_directory_that_died_before_its_manifest_can_be_used(tmp_path: Path) -> None:
+    for name in ("turns", "steps"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    assert main(arguments(tmp_path / "run", "--num_requests", "3", "--output_length", "4")) == 0
 
 
 def test_the_null_engine_is_never_taken_for_a_measurement(

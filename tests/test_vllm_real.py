@@ -118,6 +118,45 @@ def test_an_engine_that_samples_wrongly_is_found_out(eager_yaml: Path, tmp_path:
     assert any("uninitialised" in sentence for sentence in errors)
 
 
+@pytest.mark.parametrize(("warmup", "output_length"), [(0, 20), (None, 1)])
+def test_the_first_message_of_the_engine_is_recorded(
+    models: Path, tmp_path: Path, warmup: int | None, output_length: int
+) -> None:
+    """vLLM's own handler waits for the core from the start; nothing may pass it by."""
+    settings = config(
+        models, "word", tmp_path / "run", warmup=warmup, output_length=output_length,
+        num_requests=22, concurrency=4,
+    )  # fmt: skip
+    running = engines.adapter("VLLM")(settings.engine_settings())
+    try:
+        run, prepared, _ = measured(running, settings)
+    finally:
+        running.close()
+    verdict = calibrate.judge(run, prepared)
+    assert verdict.ok, verdict.sentence
+
+
+def test_a_message_that_is_not_as_expected_ends_the_run_and_does_not_hang(
+    models: Path, tmp_path: Path
+) -> None:
+    settings = config(models, "word", tmp_path / "run", num_requests=22, warmup=0)
+    running: Any = engines.adapter("VLLM")(settings.engine_settings())
+    try:
+        prepared = session.prepare(settings)
+
+        def broken(*_: object) -> None:
+            raise AttributeError("'EngineCoreOutput' has no attribute 'new_token_ids'")
+
+        running._take = broken
+        target = session.Target(Path(settings.save_dir or ""))
+        outcome = session.measure(settings, prepared, running, target)
+    finally:
+        running.close()
+    assert outcome.end.reason == "engine died"
+    assert "new_token_ids" in outcome.end.message
+    assert store.read_manifest(tmp_path / "run")["status"] == "failed"
+
+
 def test_acceptance_lengths_and_counters_agree_with_the_closed_form(
     engine: Engine, models: Path, tmp_path: Path
 ) -> None:
@@ -337,7 +376,7 @@ def test_ctrl_c_ends_in_order_and_leaves_no_process(
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the engine's processes too
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err[-3000:]
-    assert store.read_manifest(run_dir)["status"] in ("partial", "failed")
+    assert store.read_manifest(run_dir)["status"] == "partial"
     assert len(store.load(run_dir).columns.conversation_ids) > 0
     assert "Acceptance" in out
     deadline = time.monotonic() + 20

@@ -240,8 +240,8 @@ def _acceptance(summary: Summary, categories: Table) -> Iterator[Block]:
     yield Paragraph(_steps(summary))
     yield Heading("Conditional acceptance rate")
     yield Paragraph(
-        f"Over {summary.rates_over}. Position k: the k-th draft token, given that those before "
-        "it were accepted; joint: all of the first k."
+        f"Over {summary.rates_over}. Position k: the k-th draft token, where one was "
+        "drafted, given that those before it were accepted; joint: all of the first k."
     )
     yield _rate_table(summary)
     yield Heading("Acceptance Rate Results")
@@ -504,7 +504,7 @@ def _speedups(pair: PairSummary) -> Facts:
         text += f". Geometric mean of the ratio of user TPS over {n} paired conversations" + (
             f", within and then over {n_categories} categories" if n_categories > 1 else ""
         )
-    left_out = pair.n_base_only + pair.n_spec_only + pair.n_untimed
+    left_out = pair.n_base_only + pair.n_spec_only + pair.n_untimed + pair.n_other
     if left_out:
         text += f"; {left_out} conversations are left out"
     system = sentence(pair.system)

@@ -46,6 +46,7 @@ class PairSummary:
     system      ratio of steady output TPS: one number of each run, hence no interval
     n_base_only, n_spec_only  conversations measured in one arm only, left out
     n_untimed   conversations of both arms with no time after their first token, left out
+    n_other     conversations of both arms with another prompt in some turn, left out
     """
 
     base: Summary
@@ -58,6 +59,7 @@ class PairSummary:
     n_base_only: int
     n_spec_only: int
     n_untimed: int
+    n_other: int
 
 
 def significant(speedup: Figure) -> bool | None:
@@ -72,7 +74,8 @@ def pair(base: Run, spec: Run) -> PairSummary:
     """Compare two runs conversation by conversation. Raises UserError if they are no pair."""
     _refuse(base, spec)
     mine, theirs = _conversation_tps(base), _conversation_tps(spec)
-    both = sorted(mine.keys() & theirs.keys())
+    other = _asked_otherwise(base, spec)
+    both = sorted((mine.keys() & theirs.keys()) - other)
     timed = [n for n in both if mine[n][1] > 0 and theirs[n][1] > 0]  # False for NaN, too
     names = spec.columns.categories
     code = {name: i for i, name in enumerate(names)}
@@ -83,7 +86,9 @@ def pair(base: Run, spec: Run) -> PairSummary:
         len(names),
     )
     base_summary, spec_summary = summarize(base), summarize(spec)
-    n_base_only, n_spec_only = len(mine) - len(both), len(theirs) - len(both)
+    n_base_only, n_spec_only = (
+        len(a.keys() - b.keys()) for a, b in ((mine, theirs), (theirs, mine))
+    )
     return PairSummary(
         base=base_summary,
         spec=spec_summary,
@@ -98,6 +103,7 @@ def pair(base: Run, spec: Run) -> PairSummary:
         n_base_only=n_base_only,
         n_spec_only=n_spec_only,
         n_untimed=len(both) - len(timed),
+        n_other=len(other),
     )
 
 
@@ -190,25 +196,34 @@ def _doubts(
 
 def _inputs(base: Run, spec: Run) -> Check:
     """Whether the two arms were asked the same, turn by turn, by the stored prompt hashes."""
-    mine, theirs = _prompt_hashes(base), _prompt_hashes(spec)
-    both = mine.keys() & theirs.keys()
-    n_other = sum(mine[turn] != theirs[turn] for turn in both)
-    if n_other == 0:
-        return Check("note", f"all {len(both)} prompts were identical in both arms, token by token")
+    n, other = (
+        len(_prompt_hashes(base).keys() & _prompt_hashes(spec).keys()),
+        _asked_otherwise(base, spec),
+    )
+    if not other:
+        return Check("note", f"all {n} prompts were identical in both arms, token by token")
     return Check(
         "warning",
-        f"{n_other} of {len(both)} prompts differ between the arms: later turns hold each arm's "
-        "own replies (--history frozen makes them identical)",
+        f"{len(other)} conversation(s) had other prompts in the two arms, where later turns hold "
+        "each arm's own replies, and are in no speedup (--history frozen makes them identical)",
     )
 
 
+def _asked_otherwise(base: Run, spec: Run) -> set[str]:
+    """Conversations that both arms hold with another prompt in some turn."""
+    mine, theirs = _prompt_hashes(base), _prompt_hashes(spec)
+    return {turn[0] for turn in mine.keys() & theirs.keys() if mine[turn] != theirs[turn]}
+
+
 def _prompt_hashes(run: Run) -> dict[tuple[str, int], str]:
-    """(conversation id, turn) -> sha256 of its prompt."""
+    """(conversation id, turn) -> sha256 of its prompt, of every turn that was asked."""
     turns = run.turns.take(run.used)
     names, numbers, hashes = (
         turns[name].to_pylist() for name in ("conversation_id", "turn", "prompt_sha256")
     )
-    return dict(zip(zip(names, numbers, strict=True), hashes, strict=True))
+    return {
+        (name, number): sha for name, number, sha in zip(names, numbers, hashes, strict=True) if sha
+    }
 
 
 def _comparable(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ DEFINITIONS: Mapping[str, str] = {
     "al_conversation": "uncut decode steps; mean per conversation, per category, over categories",
     "al_drafted": "verify steps only (a draft was checked); every step equal",
     "al_specdec_bench": "all steps as they look, prefill included; mean per conversation, then "
-    "over conversations: the published SPEED-Bench console number",
+    "over conversations: the published SPEED-Bench console number, with EOS as a token",
     "al_engine": "the engine's own counters: 1 + accepted / drafts",
 }
 
@@ -94,9 +94,10 @@ def summarize(run: Run) -> Summary:
     weights = stats.bootstrap_weights(counts.category)
     resampled = metrics.acceptance_lengths(counts, weights)
     timing = metrics.timing(columns, k)
-    whole = counts.whole_verify if counts.told_apart else counts.whole
-    cut = counts.cut_verify if counts.told_apart else counts.cut
-    no_interval = _no_interval(counts, columns.categories)
+    whole = counts.whole_offered if counts.told_apart else counts.whole
+    cut = counts.cut_offered if counts.told_apart else counts.cut
+    of_lengths = _pooled_spread(counts, columns.categories, 1, k + 1)
+    of_rates = _pooled_spread(counts, columns.categories, 0, 1)
     categories = _categories(run, counts, once, resampled)
     rates = metrics.conditional_rates(whole.sum(axis=0), cut.sum(axis=0))
     rate_samples = metrics.conditional_rates(weights @ whole, weights @ cut)
@@ -128,7 +129,7 @@ def summarize(run: Run) -> Summary:
                     once[name].overall[0],
                     resampled[name].overall,
                     _why_overall(counts, name, categories),
-                    no_interval,
+                    of_lengths,
                 )
                 for name in metrics.AL_NAMES
             },
@@ -136,9 +137,9 @@ def summarize(run: Run) -> Summary:
         },
         histogram=tuple(int(n) for n in (counts.whole + counts.cut).sum(axis=0)[1:]),
         n_censored=int(counts.cut.sum()),
-        rates=_figures(rates, rate_samples, "no step reached this position", no_interval),
+        rates=_figures(rates, rate_samples, "no step reached this position", of_rates),
         joint=_figures(
-            joint, metrics.joint_rates(rate_samples), "an earlier rate is unknown", no_interval
+            joint, metrics.joint_rates(rate_samples), "an earlier rate is unknown", of_rates
         ),
         rates_over="verify steps"
         if counts.told_apart
@@ -146,7 +147,7 @@ def summarize(run: Run) -> Summary:
         draft_hit_rate=_hit_rate(counts),
         published_histogram=tuple(int(n) for n in published[1:]),
         published_rates=_figures(
-            metrics.published_rates(published), None, "no step reached this position", ""
+            metrics.published_rates(published), None, "no step reached this position", of_rates
         ),
         published_al_step=Figure(float(published @ np.arange(len(published))) / n_published)
         if n_published
@@ -172,18 +173,29 @@ def _expected(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _figure(value: float, samples: Floats | None, why_not: str, no_interval: str = "") -> Figure:
-    """A figure from its estimate and its resamples (B,).
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """What an interval needs beside the resamples: how many conversations told it, and its range.
 
-    `why_not` is why the value would be NaN, `no_interval` why it can have no interval.
+    why_none  why there can be no interval; empty if there can
     """
+
+    degrees: int
+    lowest: float
+    highest: float
+    why_none: str = ""
+
+
+def _figure(value: float, samples: Floats | None, why_not: str, spread: _Spread) -> Figure:
+    """A figure from its estimate and its resamples (B,); `why_not` is why it would be NaN."""
     if math.isnan(value):
         return Figure(None, why_not=why_not)
-    if samples is None or no_interval:
-        return Figure(float(value), why_not=no_interval)
-    low, high = stats.percentile_interval(samples)
-    if np.isnan(low):
+    if samples is None or spread.why_none:
+        return Figure(float(value), why_not=spread.why_none)
+    bounds = stats.widened(stats.percentile_interval(samples), value, spread.degrees)
+    if np.isnan(bounds).any():
         return Figure(float(value), why_not=RARE)
+    low, high = np.clip(bounds, min(spread.lowest, value), max(spread.highest, value))
     return Figure(float(value), (float(low), float(high)))
 
 
@@ -191,19 +203,22 @@ RARE = "too few conversations reach it for an interval"
 
 
 def _figures(
-    values: Floats, samples: Floats | None, why_not: str, no_interval: str
+    values: Floats, samples: Floats | None, why_not: str, spread: _Spread
 ) -> tuple[Figure, ...]:
     return tuple(
-        _figure(value, None if samples is None else samples[:, i], why_not, no_interval)
+        _figure(value, None if samples is None else samples[:, i], why_not, spread)
         for i, value in enumerate(values)
     )
 
 
-def _no_interval(counts: metrics.Acceptance, names: Sequence[str]) -> str:
-    """Why nothing that is pooled over categories can have an interval; empty if it can."""
+def _pooled_spread(
+    counts: metrics.Acceptance, names: Sequence[str], lowest: float, highest: float
+) -> _Spread:
+    """Of what is pooled over categories."""
     sizes = np.bincount(counts.category, minlength=counts.n_categories)
     lone = np.flatnonzero((sizes > 0) & (sizes < stats.MIN_CONVERSATIONS))
-    return f"category {names[lone[0]]} has a single conversation" if len(lone) else ""
+    why = f"category {names[lone[0]]} has a single conversation" if len(lone) else ""
+    return _Spread(int((sizes[sizes > 0] - 1).sum()), lowest, highest, why)
 
 
 def _why(counts: metrics.Acceptance, name: str, n_steps: int) -> str:
@@ -225,7 +240,7 @@ def _why_overall(counts: metrics.Acceptance, name: str, categories: Sequence[Cat
     """Why an acceptance length of the run is unknown; of a mean, which category lacks it."""
     if name in ("al", "al_conversation"):
         for row in categories:
-            if row.n_complete and row.lengths[name].value is None:
+            if row.lengths[name].value is None:
                 return f"category {row.name}: {row.lengths[name].why_not}"
     return _why(counts, name, counts.n_decode)
 
@@ -244,7 +259,8 @@ def _categories(
         n = int(members.sum())
         whole, cut = counts.whole[members].sum(axis=0), counts.cut[members].sum(axis=0)
         n_steps = int((whole + cut).sum())
-        no_interval = "a single conversation has none" if n < stats.MIN_CONVERSATIONS else ""
+        lone = "a single conversation has none" if n < stats.MIN_CONVERSATIONS else ""
+        spread = _Spread(n - 1, 1, counts.whole.shape[1] - 1, lone)
         rows.append(
             CategoryRow(
                 name,
@@ -256,11 +272,11 @@ def _categories(
                         once[al].per_category[0, g],
                         resampled[al].per_category[:, g],
                         _why(counts, al, n_steps) if n else "no conversation was measured",
-                        no_interval,
+                        spread,
                     )
                     for al in metrics.AL_NAMES
                 },
-                _figures(metrics.conditional_rates(whole, cut), None, "not reached", ""),
+                _figures(metrics.conditional_rates(whole, cut), None, "not reached", spread),
                 closed_form.get(name),
             )
         )
