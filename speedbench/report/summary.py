@@ -334,10 +334,11 @@ def _throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
         if window is None
         else (Figure(window.output_tps), window.duration_s)
     )
-    n_gpus_seen = len(run.manifest["environment"].get("gpus") or ())
-    per_gpu = (
-        Figure(whole / n_gpus)
-        if n_gpus_seen
-        else Figure(None, why_not="no GPU was found on this machine")
-    )
+    engine = run.manifest["engine"]
+    if not run.manifest["environment"].get("gpus"):
+        per_gpu = Figure(None, why_not="no GPU was found on this machine")
+    elif engine.get("simulated") or engine.get("settings", {}).get("device") == "cpu":
+        per_gpu = Figure(None, why_not="the engine used no GPU")
+    else:
+        per_gpu = Figure(whole / n_gpus)
     return Figure(whole), steady, per_gpu
