@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,21 @@ def config(models: Path, pair: str, save_dir: Path, **changes: Any) -> RunConfig
     )
 
 
+@contextmanager
+def started(settings: RunConfig) -> Iterator[Any]:
+    """A vLLM for these settings, ended whatever happens."""
+    running = engines.adapter("VLLM")(settings.engine_settings())
+    try:
+        yield running
+    finally:
+        running.close()
+
+
 @pytest.fixture(scope="module")
 def engine(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """One vLLM with the word pair and K = 3, for every test that needs no other."""
-    settings = config(models, "word", tmp_path_factory.mktemp("none")).engine_settings()
-    running = engines.adapter("VLLM")(settings)
-    yield running
-    running.close()
+    with started(config(models, "word", tmp_path_factory.mktemp("none"))) as running:
+        yield running
 
 
 def measured(
@@ -127,11 +136,8 @@ def test_the_first_message_of_the_engine_is_recorded(
         models, "word", tmp_path / "run", warmup=warmup, output_length=output_length,
         num_requests=22, concurrency=4,
     )  # fmt: skip
-    running = engines.adapter("VLLM")(settings.engine_settings())
-    try:
+    with started(settings) as running:
         run, prepared, _ = measured(running, settings)
-    finally:
-        running.close()
     verdict = calibrate.judge(run, prepared)
     assert verdict.ok, verdict.sentence
 
@@ -140,18 +146,15 @@ def test_a_message_that_is_not_as_expected_ends_the_run_and_does_not_hang(
     models: Path, tmp_path: Path
 ) -> None:
     settings = config(models, "word", tmp_path / "run", num_requests=22, warmup=0)
-    running: Any = engines.adapter("VLLM")(settings.engine_settings())
-    try:
-        prepared = session.prepare(settings)
+    prepared = session.prepare(settings)
 
-        def broken(*_: object) -> None:
-            raise AttributeError("'EngineCoreOutput' has no attribute 'new_token_ids'")
+    def broken(*_: object) -> None:
+        raise AttributeError("'EngineCoreOutput' has no attribute 'new_token_ids'")
 
+    with started(settings) as running:
         running._take = broken
         target = session.Target(Path(settings.save_dir or ""))
         outcome = session.measure(settings, prepared, running, target)
-    finally:
-        running.close()
     assert outcome.end.reason == "engine died"
     assert "new_token_ids" in outcome.end.message
     assert store.read_manifest(tmp_path / "run")["status"] == "failed"
@@ -274,11 +277,8 @@ def test_a_swapped_drafter_is_noticed_and_named(models: Path, tmp_path: Path) ->
         models, "word", tmp_path / "run", draft_model_dir=str(models / "word" / "target"),
         num_requests=55,
     )  # fmt: skip
-    running = engines.adapter("VLLM")(settings.engine_settings())
-    try:
+    with started(settings) as running:
         run, prepared, _ = measured(running, settings)
-    finally:
-        running.close()
     verdict = calibrate.judge(run, prepared)
     assert (verdict.ok, verdict.fault) == (False, "swapped drafter"), verdict.sentence
 
