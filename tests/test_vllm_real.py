@@ -303,17 +303,25 @@ def test_a_lagging_consumer_changes_no_step(engine: Engine, models: Path, tmp_pa
 # ---------------------------------------------------------------- faults of requests and runs
 
 
+def measured_with_prompt(
+    engine: Engine, settings: RunConfig, token_ids: Sequence[int]
+) -> tuple[str, session.Outcome, store.Run]:
+    """A run whose fourth row has these token IDs for its prompt; that row's id."""
+    prepared = session.prepare(settings)
+    victim = prepared.rows[3].id
+    prompts = dict(prepared.prompts)
+    prompts[victim, 0] = replace(prompts[victim, 0], token_ids=token_ids)
+    directory = Path(settings.save_dir or "")
+    spoiled = replace(prepared, prompts=prompts)
+    outcome = session.measure(settings, spoiled, engine, session.Target(directory))
+    return victim, outcome, store.load(directory)
+
+
 def test_a_request_the_engine_refuses_is_recorded_and_the_others_go_on(
     engine: Engine, models: Path, tmp_path: Path
 ) -> None:
     settings = config(models, "word", tmp_path / "run", num_requests=22)
-    prepared = session.prepare(settings)
-    victim = prepared.rows[7].id
-    prompts = dict(prepared.prompts)
-    prompts[victim, 0] = replace(prompts[victim, 0], token_ids=[])  # vLLM takes no empty prompt
-    spoiled = replace(prepared, prompts=prompts)
-    outcome = session.measure(settings, spoiled, engine, session.Target(tmp_path / "run"))
-    run = store.load(tmp_path / "run")
+    victim, outcome, run = measured_with_prompt(engine, settings, [])  # vLLM takes no empty one
     assert (outcome.end.reason, outcome.n_failed) == ("finished", 1)
     assert run.columns.conversation_ids[int(run.columns.failed.argmax())] == victim
     assert len(run.columns.conversation_ids) == 22
@@ -325,14 +333,8 @@ def test_a_token_outside_the_vocabulary_is_refused_before_it_kills_the_engine(
     engine: Engine, models: Path, tmp_path: Path
 ) -> None:
     settings = config(models, "word", tmp_path / "run", num_requests=11)
-    prepared = session.prepare(settings)
-    victim = prepared.rows[3].id
-    prompts = dict(prepared.prompts)
-    prompts[victim, 0] = replace(prompts[victim, 0], token_ids=[5, 10**6])
-    spoiled = replace(prepared, prompts=prompts)
-    outcome = session.measure(settings, spoiled, engine, session.Target(tmp_path / "run"))
+    victim, outcome, run = measured_with_prompt(engine, settings, [5, 10**6])
     assert outcome.end.reason == "finished"
-    run = store.load(tmp_path / "run")
     assert [row["id"] for row in run.manifest["refused"]] == [victim]
     assert "1000000" in run.manifest["refused"][0]["reason"]
     assert len(run.columns.conversation_ids) == 10
