@@ -15,6 +15,7 @@ from speedbench.types import (
     EngineSettings,
     Request,
     Step,
+    Support,
     UserError,
 )
 
@@ -52,6 +53,8 @@ class NullEngine:
     """
 
     algorithms: Sequence[Algorithm] = ("DRAFT_TARGET", "NONE")
+    versions = "simulated"
+    support: Mapping[Algorithm, Support] = {}
     flag_of: Mapping[str, str] = {}
     calibration_args: Mapping[Algorithm, Mapping[str, object]] = {}
 

@@ -14,7 +14,7 @@ from speedbench.types import Algorithm, EngineSettings, Sampling, UserError
 
 DatasetName = Literal["speed", "specbench", "mtbench", "random", "jsonl", "mini", "calibration"]
 
-NEEDS_DRAFT_MODEL = ("EAGLE3", "EAGLE", "DRAFT_TARGET", "MEDUSA", "DFLASH")
+NEEDS_DRAFT_MODEL = ("EAGLE3", "EAGLE", "DRAFT_TARGET", "MEDUSA", "PARD", "DFLASH")
 """Algorithms that cannot run without a second checkpoint (MTP may keep its head in the target)."""
 
 NOT_IDENTITY = frozenset({"save_dir", "show_progress", "max_duration"})
@@ -56,11 +56,17 @@ class RunConfig(BaseModel):
     )
     prefix_cache: bool = _flag("engine", "let the engine reuse KV of earlier prompts", False)
     trust_remote_code: bool = _flag("engine", "run code shipped with a checkpoint", False)
+    capture_experts: bool = _flag(
+        "engine", "store which experts a Mixture-of-Experts target used", False
+    )
     engine_args: dict[str, Any] = _flag("", "engine arguments, in its own names", {})
 
     speculative_algorithm: Algorithm = _flag("speculation", "drafting algorithm", "NONE")
     draft_model_dir: str | None = _flag("speculation", "draft checkpoint: folder or hub id", None)
     draft_length: int = _flag("speculation", "K: draft tokens per verification step", 3)
+    draft_sample_method: Literal["greedy", "probabilistic"] | None = _flag(
+        "speculation", "how drafts are chosen at temperature > 0 (default: the engine's)", None
+    )
     block_size: int | None = _flag(
         "speculation", "block size of a block-diffusion drafter (DFLASH)", None, ge=1
     )
@@ -169,6 +175,7 @@ class RunConfig(BaseModel):
             draft_model_dir=self.draft_model_dir,
             algorithm=self.speculative_algorithm,
             draft_length=self.draft_length,
+            draft_sample_method=self.draft_sample_method,
             block_size=self.block_size,
             concurrency=self.concurrency,
             max_seq_len=self.max_seq_len,
@@ -179,6 +186,7 @@ class RunConfig(BaseModel):
             prefix_cache=self.prefix_cache,
             seed=self.seed,
             trust_remote_code=self.trust_remote_code,
+            capture_experts=self.capture_experts,
             engine_args=self.engine_args,
             sampling=self.sampling(()),
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 Algorithm = Literal[
-    "EAGLE3", "EAGLE", "DRAFT_TARGET", "NGRAM", "MTP", "MEDUSA", "DFLASH", "SUFFIX", "NONE"
+    "EAGLE3", "EAGLE", "DRAFT_TARGET", "NGRAM", "MTP", "MEDUSA", "PARD", "DFLASH", "SUFFIX", "NONE"
 ]
 FinishReason = Literal["stop", "length", "error", "refused"]
 
@@ -68,6 +68,20 @@ class Request:
     sampling: Sampling
 
 
+@dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """Which experts a Mixture-of-Experts target used for the tokens of one request.
+
+    `expert_ids` holds (n_tokens, n_layers, top_k) int16, little-endian, row by row. The tokens are
+    those the engine ran the target on and kept: prompt + output, the last output token excluded.
+    """
+
+    n_tokens: int
+    n_layers: int
+    top_k: int
+    expert_ids: bytes
+
+
 # A NamedTuple, not a dataclass: one is made for every step of every request, and a tuple is the
 # cheapest immutable object Python has.
 class Step(NamedTuple):
@@ -83,6 +97,7 @@ class Step(NamedTuple):
     detail        on the last step only, from engines that tell per-step acceptance when a request
                   ends: (accepted, drafted) of every step of the request, UNKNOWN where not told;
                   it replaces `accepted` and `drafted` of all of them
+    routed_experts  on the last step only, where they were asked for
     """
 
     request_id: str
@@ -94,6 +109,7 @@ class Step(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     detail: Sequence[tuple[int, int]] | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +209,7 @@ class EngineSettings:
     draft_model_dir: str | None = None
     algorithm: Algorithm = "NONE"
     draft_length: int = 3
+    draft_sample_method: str | None = None
     block_size: int | None = None
     concurrency: int = 1
     max_seq_len: int | None = None
@@ -203,6 +220,7 @@ class EngineSettings:
     prefix_cache: bool = False
     seed: int = 0
     trust_remote_code: bool = False
+    capture_experts: bool = False
     engine_args: Mapping[str, object] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)  # to be refused before a long start
 
@@ -229,11 +247,32 @@ class Engine(Protocol):
         """End the engine and every process it started. May be called twice."""
 
 
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What is known about one algorithm on one engine, and how.
+
+    proof   "real": its steps were held against the closed form on the real engine, see `where`;
+            "contract": its arguments were held against the engine's recorded interface;
+            "mapped": named as the engine's documentation says, no more;
+            "absent": the engine does not have it (`note` says why)
+    where   engine versions and hardware of the proof
+    note    what a user must know, one sentence
+    """
+
+    proof: Literal["real", "contract", "mapped", "absent"]
+    where: str = ""
+    note: str = ""
+
+
 class EngineAdapter(Protocol):
     """What a class in `engines/` offers beside `Engine`: it can be asked before it is started."""
 
     algorithms: Sequence[Algorithm]
     """Algorithms it can be asked for."""
+    versions: str
+    """Versions of the engine it is written for."""
+    support: Mapping[Algorithm, Support]
+    """How each algorithm was proven; those it lacks are here, too."""
     flag_of: Mapping[str, str]
     """Engine argument -> the speedbench flag that sets it (an argument we own)."""
     calibration_args: Mapping[Algorithm, Mapping[str, object]]
