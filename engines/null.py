@@ -54,6 +54,7 @@ class NullEngine:
 
     algorithms: Sequence[Algorithm] = ("DRAFT_TARGET", "NONE")
     versions = "simulated"
+    max_concurrency: int | None = None
     support: Mapping[Algorithm, Support] = {}
     flag_of: Mapping[str, str] = {}
     calibration_args: Mapping[Algorithm, Mapping[str, object]] = {}
@@ -145,6 +146,9 @@ class NullEngine:
             simulated=True,
             settings=dict(self._options),
         )
+
+    def forget(self) -> None:
+        """It learns nothing."""
 
     def close(self) -> None:
         self._live.clear()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def case_of(run: store.Run, stop_ids: Sequence[int]) -> Case:
     """What the run asked for, in the closed form's words; K and n-gram sizes as the engine's."""
     config, engine = run.manifest["config"], run.manifest["engine"]
     return Case(
+        engine=engine["name"],
         algorithm=config["speculative_algorithm"],
         draft_length=engine["draft_length"],
         max_tokens=config["output_length"],
@@ -81,12 +82,17 @@ def judge(run: store.Run, prepared: session.Prepared, case: Case | None = None) 
     """Hold a stored run of a calibration checkpoint against its closed form."""
     config = run.manifest["config"]
     target = Path(config["model_dir"])
-    known = closed_form.read_known_answer(target)
+    known = _known(config)
     found = observed_requests(run, prepared)
     case = case or case_of(run, prepared.stop_token_ids)
     asked = {(row.id, turn) for row in prepared.rows for turn in range(row.n_turns)}
     if config["temperature"] == 0:
-        return verdict.judge_greedy(found, known, case, asked)
+        if not case.is_known:
+            return verdict.judge_consistent(found, known, case, asked)
+        outcome = verdict.judge_greedy(found, known, case, asked)
+        if outcome.ok and config["capture_experts"]:
+            return _judge_experts(run, found, known, outcome)
+        return outcome
     if config["speculative_algorithm"] != "DRAFT_TARGET":
         raise UserError("sampled known answers exist for DRAFT_TARGET only")
     chances = closed_form.acceptance_probabilities(
@@ -95,12 +101,34 @@ def judge(run: store.Run, prepared: session.Prepared, case: Case | None = None) 
     return verdict.judge_sampled(found, known, chances, case.draft_length, SAMPLED_LEVEL, asked)
 
 
+def _known(config: Mapping[str, Any]) -> closed_form.KnownAnswer:
+    draft = config["draft_model_dir"]
+    return closed_form.read_known_answer(
+        Path(config["model_dir"]), None if draft is None else Path(draft)
+    )
+
+
+def _judge_experts(
+    run: store.Run,
+    found: Sequence[verdict.ObservedRequest],
+    known: closed_form.KnownAnswer,
+    outcome: verdict.Verdict,
+) -> verdict.Verdict:
+    """The steps are right: are the captured experts those of the tokens, too?"""
+    captured = store.load_experts(run.directory)
+    names = run.turns.take(run.used)["request_id"].to_pylist()
+    for request, name in zip(found, names, strict=True):
+        if (fault := verdict.wrong_experts(request, captured.get(name), known)) is not None:
+            return replace(outcome, ok=False, fault="wrong experts", sentence=fault)
+    sentence = f"{outcome.sentence} The experts of all their tokens are those of the router."
+    return replace(outcome, sentence=sentence)
+
+
 def known_answer(directory: Path, prepared: session.Prepared) -> dict[str, Any] | None:
     """The manifest entry for a finished greedy run of a calibration checkpoint, else None."""
     run = store.load(directory)
     config = run.manifest["config"]
     target = Path(config["model_dir"] or "")
-    supported = config["speculative_algorithm"] in closed_form.ALGORITHMS
     if (
         not (target / KNOWN_ANSWER_FILE).is_file()
         or run.manifest["status"] != "complete"
@@ -109,11 +137,11 @@ def known_answer(directory: Path, prepared: session.Prepared) -> dict[str, Any] 
         or config["temperature"] != 0
         or config["sampling_kwargs"]
         or _near_limit(run)
-        or not supported
+        or not case_of(run, prepared.stop_token_ids).is_known
     ):
         return None
     outcome = judge(run, prepared)
-    known = closed_form.read_known_answer(target)
+    known = _known(config)
     case = case_of(run, prepared.stop_token_ids)
     by_category: dict[str, list[Any]] = {}
     for request in observed_requests(run, prepared):
@@ -142,17 +170,52 @@ def _near_limit(run: store.Run) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Subject:
+    """What is proven: an algorithm with the folders of its target and drafter."""
+
+    label: str
+    algorithm: Algorithm
+    target: str
+    draft: str | None = None
+    capture_experts: bool = False
+
+
+SUBJECTS = (
+    Subject("NONE", "NONE", "word/target"),
+    Subject("DRAFT_TARGET", "DRAFT_TARGET", "word/target", "word/draft"),
+    Subject("EAGLE", "EAGLE", "word/target", "word/eagle"),
+    Subject("EAGLE3", "EAGLE3", "word/target", "word/eagle3"),
+    Subject("EAGLE3 pruned", "EAGLE3", "word/target", "word/eagle3-pruned"),
+    Subject("MTP", "MTP", "word/mtp"),
+    Subject("MEDUSA", "MEDUSA", "word/target", "word/medusa"),
+    Subject("PARD", "PARD", "word/target", "word/pard"),
+    Subject("NGRAM", "NGRAM", "word/target"),
+    Subject("SUFFIX", "SUFFIX", "word/target"),
+    Subject("routed experts", "NONE", "word/moe", capture_experts=True),
+)
+NATURAL = {
+    "NONE": Subject("NONE natural", "NONE", "bpe/target"),
+    "NGRAM": Subject("NGRAM natural", "NGRAM", "bpe/target"),
+    "DRAFT_TARGET": Subject("DRAFT_TARGET natural", "DRAFT_TARGET", "bpe/target", "bpe/draft"),
+}
+"""Natural prompts of several turns, for the first of these (from the end) that is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineCase:
     """One engine start; `cells` are (concurrency, output length, rows, temperature) run on it."""
 
-    pair: str
-    algorithm: Algorithm
+    subject: Subject
     draft_length: int
     cells: tuple[tuple[int, int, int | None, float], ...]
 
+    @property
+    def k(self) -> int:
+        return 0 if self.subject.algorithm == "NONE" else self.draft_length
+
 
 def engine_cases(
-    algorithms: Sequence[Algorithm],
+    algorithms: Collection[Algorithm],
     draft_lengths: Sequence[int],
     concurrencies: Sequence[int],
     output_lengths: Sequence[int],
@@ -167,28 +230,33 @@ def engine_cases(
         for length in output_lengths
     )
     sampled = ((max(concurrencies), max(output_lengths), None, 1.0),)
-    for algorithm in algorithms:
-        lengths = draft_lengths[-1:] if algorithm == "NONE" else draft_lengths
-        for k in lengths:
-            extra = sampled if algorithm == "DRAFT_TARGET" and k == lengths[-1] else ()
-            yield EngineCase("word", algorithm, k, grid + extra)
-    natural = "DRAFT_TARGET" if "DRAFT_TARGET" in algorithms else algorithms[0]
-    yield EngineCase(
-        "bpe",
-        natural,
-        draft_lengths[-1],
-        ((min(8, max(concurrencies)), max(output_lengths), None, 0.0),),
-    )
+    for subject in SUBJECTS:
+        if subject.algorithm not in algorithms:
+            continue
+        is_plain = subject.algorithm == "NONE"
+        for k in draft_lengths[-1:] if is_plain else draft_lengths:
+            cells = grid
+            if subject.algorithm == "DRAFT_TARGET" and k == draft_lengths[-1]:
+                cells = grid + sampled
+            if subject.capture_experts:
+                cells = grid[-1:]
+            yield EngineCase(subject, k, cells)
+    for name in reversed(NATURAL):
+        if name in algorithms:
+            cell = (min(8, max(concurrencies)), max(output_lengths), None, 0.0)
+            yield EngineCase(NATURAL[name], draft_lengths[-1], (cell,))
+            return
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One judged run."""
+    """One judged run, or why its engine could not be started."""
 
     case: EngineCase
     config: RunConfig
     directory: Path
-    verdict: verdict.Verdict
+    verdict: verdict.Verdict | None
+    refusal: str = ""
 
 
 Start = Callable[[EngineSettings], Engine]
@@ -213,7 +281,11 @@ def calibrate(
             _config(base, case, cell, models, directory, engine_args_of) for cell in case.cells
         ]
         widest = max(configs, key=lambda config: config.concurrency)
-        engine = start(widest.engine_settings())
+        try:
+            engine = start(widest.engine_settings())
+        except UserError as refusal:
+            yield Cell(case, widest, Path(widest.save_dir or ""), None, str(refusal))
+            continue
         try:
             for config in configs:
                 prepared = session.prepare(config)
@@ -235,19 +307,19 @@ def _config(
     engine_args_of: Mapping[Algorithm, Mapping[str, Any]],
 ) -> RunConfig:
     concurrency, output_length, n_rows, temperature = cell
-    drafted = case.algorithm == "DRAFT_TARGET"
-    k = "" if case.algorithm == "NONE" else f"-k{case.draft_length}"
-    name = (
-        f"{case.pair}-{case.algorithm}{k}-n{concurrency}-o{output_length}-t{temperature:g}".lower()
-    )
+    subject = case.subject
+    k = f"-k{case.k}" if case.k else ""
+    label = subject.label.replace(" ", "-")
+    name = f"{label}{k}-n{concurrency}-o{output_length}-t{temperature:g}".lower()
     return from_dict(
         {
             **base,
-            "model_dir": str(models / case.pair / "target"),
-            "draft_model_dir": str(models / case.pair / "draft") if drafted else None,
-            "speculative_algorithm": case.algorithm,
+            "model_dir": str(models / subject.target),
+            "draft_model_dir": _draft_folder(subject, models, base["engine"]),
+            "speculative_algorithm": subject.algorithm,
             "draft_length": case.draft_length,
-            "dataset": "calibration" if case.pair == "word" else "mini",
+            "capture_experts": subject.capture_experts,
+            "dataset": "mini" if subject.target.startswith("bpe") else "calibration",
             "num_requests": n_rows,
             "concurrency": concurrency,
             "output_length": output_length,
@@ -256,7 +328,15 @@ def _config(
             "save_dir": str(directory / "runs" / name),
             "engine_args": {
                 **base.get("engine_args", {}),
-                **engine_args_of.get(case.algorithm, {}),
+                **engine_args_of.get(subject.algorithm, {}),
             },
         }
     )
+
+
+def _draft_folder(subject: Subject, models: Path, engine: str) -> str | None:
+    """The drafter's folder, in the form that the engine reads where there are several."""
+    if subject.draft is None:
+        return None
+    form = models / f"{subject.draft}-{engine.lower()}"
+    return str(form if form.is_dir() else models / subject.draft)

@@ -60,8 +60,19 @@ class PromptEncoder:
         return sorted(set(tokenizer.get_vocab().values()) - extra)
 
     def encode_first_turns(self, rows: Sequence[Conversation]) -> list[list[int]]:
-        """Turn 0 of every row."""
-        return self._encode([self._prompt(row, 0, ()) for row in rows])
+        """Turn 0 of every row. Raises UserError if the tokenizer cannot tell the rows apart."""
+        texts = [self._prompt(row, 0, ()) for row in rows]
+        encoded = self._encode(texts)
+        # transformers may load a tokenizer that knows none of the text and drops it silently.
+        n_texts = len({text for text in texts if isinstance(text, str)})
+        n_prompts = len(set(map(tuple, encoded)))
+        if n_texts > 1 and n_prompts < n_texts / 2:
+            raise UserError(
+                f"the tokenizer of {self._source} ({type(self._tokenizer).__name__}) turns "
+                f"{n_texts} different prompts into {n_prompts} token sequence(s), the first of "
+                f"{len(encoded[0])} token(s): give --tokenizer the one that belongs to the model"
+            )
+        return encoded
 
     def encode_turn(
         self, row: Conversation, turn: int, replies: Sequence[Sequence[int]]

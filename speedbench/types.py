@@ -243,6 +243,9 @@ class Engine(Protocol):
     def describe(self) -> EngineInfo:
         """Effective settings, read back from the engine."""
 
+    def forget(self) -> None:
+        """Drop what the engine learned from requests: prefix cache, n-gram tables."""
+
     def close(self) -> None:
         """End the engine and every process it started. May be called twice."""
 
@@ -273,6 +276,8 @@ class EngineAdapter(Protocol):
     """Versions of the engine it is written for."""
     support: Mapping[Algorithm, Support]
     """How each algorithm was proven; those it lacks are here, too."""
+    max_concurrency: int | None
+    """Requests it decodes at a time, at most; None: as many as are asked for."""
     flag_of: Mapping[str, str]
     """Engine argument -> the speedbench flag that sets it (an argument we own)."""
     calibration_args: Mapping[Algorithm, Mapping[str, object]]

@@ -272,11 +272,11 @@ def test_build_is_deterministic_and_idempotent(pairs: Path, tmp_path: Path) -> N
 
 
 def test_version_is_raised_when_the_word_pair_changes(pairs: Path) -> None:
-    names = ("target/model.safetensors", "draft/model.safetensors", f"target/{PROMPTS_FILE}")
     digest = hashlib.sha256()
-    for name in (*names, "target/known_answer.json"):
-        digest.update((pairs / "word" / name).read_bytes())
-    assert (VERSION, digest.hexdigest()[:16]) == (1, "076a5bda5800e919")
+    for path in sorted((pairs / "word").rglob("*")):
+        if path.name in ("model.safetensors", "config.json", PROMPTS_FILE, "known_answer.json"):
+            digest.update(path.read_bytes())
+    assert (VERSION, digest.hexdigest()[:16]) == (2, "253c6fa2adbd3f88")
 
 
 def test_build_without_its_corpus_says_so(tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def _prompt_ids(pairs: Path) -> dict[tuple[str, str], list[int]]:
 
 
 def test_import_needs_no_framework() -> None:
-    modules = "checkpoints closed_form tokenizers verdict words"
+    modules = "checkpoints closed_form tokenizers verdict weights words"
     imports = "\n".join(f"import speedbench.calibration.{name}" for name in modules.split())
     heavy = "{'torch', 'transformers', 'tokenizers', 'safetensors'}"
     script = f"import sys\n{imports}\nassert not {heavy} & set(sys.modules), sys.modules.keys()"
@@ -714,7 +714,7 @@ def test_the_first_mismatch_is_told_in_a_sentence() -> None:
         "Where a request ends inside a block, the cut length is reported as accepted."
     )
     with pytest.raises(UserError, match="no known answer"):
-        judge_greedy([record], known, replace(case, algorithm="EAGLE3"))
+        judge_greedy([record], known, replace(case, algorithm="SUFFIX"))
 
 
 @settings(max_examples=60)

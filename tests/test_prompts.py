@@ -314,6 +314,20 @@ def test_word_level_tokenizers(tmp_path: Path) -> None:
     assert "use a tokenizer that knows every character" in message
 
 
+def test_a_tokenizer_that_drops_the_text_is_noticed(tmp_path: Path) -> None:
+    """transformers puts Qwen2's own tokenizer in place of any that a model_type qwen2 brings; it
+    knows none of these words, and every prompt became one token."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    folder = save(tmp_path / "model", adds(word_level(), "<s> $A", "<s>"), template)
+    rows = [row("red blue", id="a"), row("blue", id="b"), row("green", id="c")]
+    assert len(encoder(folder).encode_first_turns(rows)) == 3
+    unknown = [row(f"purple{i}", id=str(i)) for i in range(3)]  # each one <unk>
+    message = refused(lambda: encoder(folder).encode_first_turns(unknown))
+    assert "3 different prompts into 1 token sequence(s)" in message
+    same = [row("red", id=str(i)) for i in range(3)]
+    assert len(encoder(folder).encode_first_turns(same)) == 3
+
+
 # Replies
 
 

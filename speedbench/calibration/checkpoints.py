@@ -1,8 +1,6 @@
-"""Builds the calibration pairs: real Llama checkpoints whose greedy answers are a chosen function.
+"""Builds the calibration checkpoints: real models whose greedy answers are a chosen function.
 
-Attention and MLP add nothing, embedding rows are random signs, and row j of the head is the sum of
-the embeddings of all x with f(x) = j. Every weight is a small multiple of a power of two, so
-float32, bfloat16 and float16 compute the same logits to the last bit that matters.
+What their weights are is in `weights`; here are the folders, configurations and tokenizers.
 """
 
 from __future__ import annotations
@@ -19,27 +17,32 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from speedbench.calibration.closed_form import KNOWN_ANSWER_FILE, next_token_logits
+from speedbench.calibration import weights
+from speedbench.calibration.closed_form import (
+    KNOWN_ANSWER_FILE,
+    KNOWN_DRAFT_FILE,
+    next_token_logits,
+)
 from speedbench.calibration.tokenizers import TokenizerFiles, bpe_tokenizer, word_tokenizer
 from speedbench.calibration.words import DENSITIES, prompt_rows, words
 from speedbench.types import UserError
 
-VERSION = 1
+VERSION = 2
 """Raise it whenever a built file would differ."""
 PAIRS = ("word", "bpe")
+EAGLE_FORMS = {"eagle": "LlamaForCausalLM", "eagle-sglang": "LlamaForCausalLMEagle"}
+"""Folder -> architecture: vLLM and SGLang read EAGLE heads under different names."""
 BUILD_FILE = "build.json"
 PROMPTS_FILE = "calibration_prompts.jsonl"
 CORPUS = Path(__file__).parents[2] / "data" / "mini" / "prompts.jsonl"
 """What the byte-level tokenizer is trained on."""
 
-HIDDEN = 256  # a power of four: signs / sqrt(HIDDEN) are exact
-N_HEADS = 8
-HEAD_DIM = 64  # GPU kernels take 64
-INTERMEDIATE = 512
+N_HEADS = 4
+MTP_HEADS = 12  # Qwen2 wants HIDDEN / HEAD_DIM of them
 N_LAYERS = {"target": 2, "draft": 1}
+MEDUSA_HEADS = 5  # the largest K that has a known answer
+EXPERT_SIZE = 64
 MAX_TOKENS = 4096
-HEAD_SCALE = 9 / 16
-"""Puts the logit of f(x) at 9: at temperature 1 its probability is about 0.8."""
 MIN_MARGIN = 1.5  # in logits, between f(x) and the next best token
 BPE_AGREEMENT = 0.7
 BPE_TOKENS_PER_EOS = 150
@@ -59,6 +62,9 @@ class _Pair:
 
 def build(out: Path, corpus: Path = CORPUS) -> None:
     """Write `out`/word and `out`/bpe, each with target and draft; seconds, the same every time.
+
+    The word pair comes with more drafters: eagle, eagle3, medusa, pard, and targets of its own
+    with a head to predict further (mtp) and with routed experts (moe).
 
     Does nothing if this version, trained on this corpus, is already there.
     """
@@ -138,10 +144,129 @@ def _exchanged(values: Mapping[int, int]) -> dict[int, int]:
 
 
 def _write_pair(folder: Path, pair: _Pair) -> None:
-    embedding = _embedding(pair.tokenizer.vocabulary_size)
-    functions = {"target": pair.target_next, "draft": pair.draft_next}
-    for role, function in functions.items():
-        _write_checkpoint(folder / role, pair.tokenizer, embedding, function, N_LAYERS[role])
+    table = weights.embedding(_before(pair))
+    for role, function in (("target", pair.target_next), ("draft", pair.draft_next)):
+        found = weights.bigram(table, function, N_LAYERS[role], N_HEADS)
+        _write_model(folder / role, pair, _config(pair, N_LAYERS[role]), found)
+        _check(folder / role, function)
+    _write_answer(folder / "target", pair)
+    if pair.name == "word":
+        _write_drafters(folder, pair, table)
+        _write_mixture(folder / "moe", pair, table)
+
+
+def _before(pair: _Pair) -> list[int]:
+    """For every token x, a token whose successor (by f) is what the drafter says after x."""
+    successor_of: dict[int, int] = {}
+    for token, following in enumerate(pair.target_next):
+        successor_of.setdefault(following, token)
+    return [
+        token if following == pair.target_next[token] else successor_of[following]
+        for token, following in enumerate(pair.draft_next)
+    ]
+
+
+def _write_drafters(folder: Path, pair: _Pair, table: NDArray[np.float32]) -> None:
+    """Everything that drafts for the word target with more than a second model."""
+    head = _config(pair, 1, n_heads=N_HEADS)
+    for name, architecture in EAGLE_FORMS.items():
+        config = {**head, "architectures": [architecture]}
+        _write_model(
+            folder / name, pair, config, weights.eagle(N_HEADS, biased=name == "eagle-sglang")
+        )
+    _write_eagle3(folder / "eagle3", pair, table, None)
+    _write_eagle3(folder / "eagle3-pruned", pair, table, _kept(pair))
+    _write_medusa(folder / "medusa", pair, table)
+    _write_pard(folder / "pard", pair, table)
+    config = {
+        **_config(pair, N_LAYERS["target"], n_heads=MTP_HEADS),
+        # Not MiMo's own model_type, which transformers lacks, nor qwen2, for which it replaces the
+        # checkpoint's tokenizer by its own.
+        "architectures": ["MiMoForCausalLM"],
+        "num_nextn_predict_layers": 1,
+        "use_sliding_window": False,
+    }
+    found = weights.mtp(table, pair.target_next, N_LAYERS["target"], MTP_HEADS)
+    _write_model(folder / "mtp", pair, config, found)
+    _check(folder / "mtp", pair.target_next)
+    _write_answer(folder / "mtp", pair)
+
+
+def _kept(pair: _Pair) -> list[int]:
+    """The pruned draft vocabulary: three quarters of all tokens."""
+    return [token for token in range(len(pair.target_next)) if token % 4 != 0]
+
+
+def _write_eagle3(
+    folder: Path, pair: _Pair, table: NDArray[np.float32], kept: Sequence[int] | None
+) -> None:
+    n_tokens = len(pair.target_next)
+    config = {
+        **_config(pair, 1, n_heads=weights.EAGLE3_HEADS),
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": n_tokens if kept is None else len(kept),
+        "eagle_aux_hidden_state_layer_ids": [0, 1],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1], "use_aux_hidden_state": True},
+    }
+    found = weights.eagle3(table, pair.target_next, kept)
+    extra = {} if kept is None else weights.draft_vocabulary(kept, n_tokens)
+    _write_model(folder, pair, config, found, extra)
+    if kept is not None:
+        # What it says after x is the best of the tokens it has, the target's choice or not.
+        logits = table[:, weights.BEFORE].astype(np.float64) @ (
+            found["lm_head.weight"][:, weights.NOW].T.astype(np.float64)
+        )
+        best = np.asarray(kept)[logits.argmax(axis=1)]
+        _write_json(folder / KNOWN_DRAFT_FILE, {"draft_next": best.tolist()})
+
+
+def _write_medusa(folder: Path, pair: _Pair, table: NDArray[np.float32]) -> None:
+    config = {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "hidden_size": weights.HIDDEN,
+        "vocab_size": len(pair.target_next),
+        "num_heads": MEDUSA_HEADS,
+        "num_hidden_layers": 1,
+        "torch_dtype": "float32",
+    }
+    found = weights.medusa(table, pair.target_next, pair.draft_next, MEDUSA_HEADS)
+    _write_model(folder, pair, config, found)
+
+
+def _write_pard(folder: Path, pair: _Pair, table: NDArray[np.float32]) -> None:
+    """A draft model that is asked for all drafts at once, mask tokens in place of the later ones:
+    a bigram says the same after every mask."""
+    mask = pair.tokenizer.pad
+    config = {**_config(pair, N_LAYERS["draft"]), "pard_token": mask}
+    found = weights.bigram(table, pair.draft_next, N_LAYERS["draft"], N_HEADS)
+    _write_model(folder, pair, config, found)
+    _check(folder, pair.draft_next)
+    _write_json(folder / KNOWN_DRAFT_FILE, {"after_mask": pair.draft_next[mask]})
+
+
+def _write_mixture(folder: Path, pair: _Pair, table: NDArray[np.float32]) -> None:
+    config = {
+        **_config(pair, weights.N_ROUTED_LAYERS),
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": weights.N_EXPERTS,
+        "num_experts_per_tok": weights.TOP_K,
+        "moe_intermediate_size": EXPERT_SIZE,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "use_sliding_window": False,
+    }
+    found = weights.mixture(table, pair.target_next, N_HEADS, EXPERT_SIZE)
+    _write_model(folder, pair, config, found)
+    _check(folder, pair.target_next)
+    experts = [weights.experts_of(token) for token in range(len(pair.target_next))]
+    _write_answer(folder, pair, {"experts": experts})
+
+
+def _write_answer(folder: Path, pair: _Pair, more: Mapping[str, object] | None = None) -> None:
+    """Beside a target: its functions, and the prompts in its language."""
     answer = {
         "name": pair.name,
         "version": VERSION,
@@ -149,49 +274,56 @@ def _write_pair(folder: Path, pair: _Pair) -> None:
         "densities": pair.densities,
         "next": pair.target_next,
         "draft_next": pair.draft_next,
+        **(more or {}),
     }
-    _write_text(folder / "target" / KNOWN_ANSWER_FILE, json.dumps(answer))
+    _write_json(folder / KNOWN_ANSWER_FILE, answer)
     if pair.prompts:
         lines = "".join(json.dumps(row) + "\n" for row in pair.prompts)
-        _write_text(folder / "target" / PROMPTS_FILE, lines)
+        (folder / PROMPTS_FILE).write_text(lines, encoding="utf-8")
 
 
-def _write_checkpoint(
+def _write_model(
     folder: Path,
-    tokenizer: TokenizerFiles,
-    embedding: NDArray[np.float32],
-    function: Sequence[int],
-    n_layers: int,
+    pair: _Pair,
+    config: Mapping[str, object],
+    found: weights.Weights,
+    extra: Mapping[str, NDArray[np.generic]] | None = None,
 ) -> None:
+    """Weights (checked to be the same in bfloat16), other tensors, configuration and tokenizer."""
     from safetensors.numpy import save_file
 
+    for name, values in found.items():
+        if not np.array_equal(values, weights.bfloat16(values)):
+            raise ValueError(f"{folder}: {name} changes when rounded to bfloat16")
     folder.mkdir(parents=True)
-    weights = _weights(embedding, function, n_layers)
     # transformers refuses a file that does not say which framework's layout it has.
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_text(folder / "config.json", json.dumps(_config(tokenizer, n_layers), indent=2))
+    tensors = {**found, **(extra or {})}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", config)
+    tokenizer = pair.tokenizer
     generation = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.eos)}
-    _write_text(folder / "generation_config.json", json.dumps(generation, indent=2))
-    _write_text(folder / "tokenizer.json", tokenizer.tokenizer_json)
-    _write_text(folder / "tokenizer_config.json", tokenizer.tokenizer_config_json)
-    _check(folder, weights, function)
+    _write_json(folder / "generation_config.json", generation)
+    (folder / "tokenizer.json").write_text(tokenizer.tokenizer_json, encoding="utf-8")
+    text = tokenizer.tokenizer_config_json
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def _config(tokenizer: TokenizerFiles, n_layers: int) -> dict[str, object]:
+def _config(pair: _Pair, n_layers: int, n_heads: int = N_HEADS) -> dict[str, object]:
+    tokenizer = pair.tokenizer
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": tokenizer.vocabulary_size,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
+        "hidden_size": weights.HIDDEN,
+        "intermediate_size": weights.INTERMEDIATE,
         "num_hidden_layers": n_layers,
-        "num_attention_heads": N_HEADS,
-        "num_key_value_heads": N_HEADS,
-        "head_dim": HEAD_DIM,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_heads,
+        "head_dim": weights.HEAD_DIM,
         "hidden_act": "silu",
         "max_position_embeddings": MAX_TOKENS,
         "rms_norm_eps": 1e-6,
@@ -206,53 +338,8 @@ def _config(tokenizer: TokenizerFiles, n_layers: int) -> dict[str, object]:
     }
 
 
-def _embedding(n_tokens: int) -> NDArray[np.float32]:
-    """(V, HIDDEN) unit rows of random signs: nearly orthogonal, and exact in any float format.
-
-    Raw generator output, because numpy keeps that the same in all its versions.
-    """
-    raw = np.random.PCG64(7).random_raw(n_tokens * HIDDEN // 64)
-    bits = np.unpackbits(np.asarray(raw, dtype="<u8").view(np.uint8)).reshape(n_tokens, HIDDEN)
-    signs = bits.astype(np.float32) * 2 - 1
-    return np.asarray(signs / np.sqrt(HIDDEN), dtype=np.float32)
-
-
-def _weights(
-    embedding: NDArray[np.float32], function: Sequence[int], n_layers: int
-) -> dict[str, NDArray[np.float32]]:
-    head = np.zeros_like(embedding)
-    np.add.at(head, np.asarray(function), embedding * np.float32(HEAD_SCALE))
-    weights = {
-        "model.embed_tokens.weight": embedding,
-        "model.norm.weight": np.ones(HIDDEN, dtype=np.float32),
-        "lm_head.weight": head,
-    }
-    inner = N_HEADS * HEAD_DIM
-    shapes = {
-        "self_attn.q_proj": (inner, HIDDEN),
-        "self_attn.k_proj": (inner, HIDDEN),
-        "self_attn.v_proj": (inner, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, inner),
-        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-    }
-    for layer in range(n_layers):
-        prefix = f"model.layers.{layer}."
-        for name, shape in shapes.items():
-            weights[f"{prefix}{name}.weight"] = np.zeros(shape, dtype=np.float32)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"{prefix}{name}.weight"] = np.ones(HIDDEN, dtype=np.float32)
-    return weights
-
-
-def _check(
-    folder: Path, weights: Mapping[str, NDArray[np.float32]], function: Sequence[int]
-) -> None:
-    """Greedy decoding of what was written must be `function`, by a wide margin, in bfloat16 too."""
-    for name, values in weights.items():
-        if not np.array_equal(values, _bfloat16(values)):
-            raise ValueError(f"{folder}: {name} changes when rounded to bfloat16")
+def _check(folder: Path, function: Sequence[int]) -> None:
+    """Greedy decoding of what was written must be `function`, by a wide margin."""
     logits = next_token_logits(folder)
     rows = np.arange(len(logits))
     chosen = logits[rows, np.asarray(function)]
@@ -263,10 +350,3 @@ def _check(
             f"{folder}: the chosen token leads by {margin:.2f} logits only, expected at least "
             f"{MIN_MARGIN}: change the seed of the embedding"
         )
-
-
-def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32 rounded to bfloat16, ties to even."""
-    bits = values.view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return np.asarray(rounded & np.uint32(0xFFFF0000)).view(np.float32)

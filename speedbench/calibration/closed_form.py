@@ -17,8 +17,15 @@ from numpy.typing import NDArray
 from speedbench.types import Algorithm, UserError
 
 KNOWN_ANSWER_FILE = "known_answer.json"
-ALGORITHMS: tuple[Algorithm, ...] = ("NONE", "DRAFT_TARGET", "NGRAM")
+"""Beside a target: the functions it and its drafters compute."""
+KNOWN_DRAFT_FILE = "known_draft.json"
+"""Beside a drafter that says something else than the target's file tells."""
+CHAINED: tuple[Algorithm, ...] = ("DRAFT_TARGET", "EAGLE", "EAGLE3", "MTP", "MEDUSA")
+"""Algorithms that propose g(x), g(g(x)), ... after the last token x."""
+ALGORITHMS: tuple[Algorithm, ...] = ("NONE", *CHAINED, "PARD", "NGRAM")
 """Algorithms whose steps are known here."""
+NGRAM_ENGINES = ("VLLM",)
+"""Engines whose lookup depends on a request's own tokens only, in a way that is written down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,8 @@ class KnownAnswer:
     draft_next      g, what the drafter says
     eos_token_ids   every id that ends an answer
     densities       category -> share of its cycle on which g equals f
+    after_mask      what a drafter that is asked for all drafts at once says after a mask (PARD)
+    experts         (V, layers, top k) experts of each token, for a target that routes
     """
 
     name: str
@@ -37,6 +46,8 @@ class KnownAnswer:
     draft_next: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
     densities: Mapping[str, float] = field(default_factory=dict)
+    after_mask: int | None = None
+    experts: Sequence[Sequence[Sequence[int]]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +66,8 @@ class ExpectedStep:
 class Case:
     """How a prompt is decoded: everything besides the prompt and the functions f and g.
 
-    `ngram_min` and `ngram_max` bound the length of the looked-up n-gram (NGRAM only).
+    `ngram_min` and `ngram_max` bound the length of the looked-up n-gram (NGRAM only), which every
+    engine looks up in its own way.
     """
 
     algorithm: Algorithm
@@ -64,12 +76,30 @@ class Case:
     stop_ids: tuple[int, ...]
     ngram_min: int = 1
     ngram_max: int = 1
+    engine: str = "VLLM"
+
+    @property
+    def is_known(self) -> bool:
+        """Whether every step of such a request follows from its prompt."""
+        if self.algorithm == "NGRAM":
+            return self.engine in NGRAM_ENGINES
+        return self.algorithm in ALGORITHMS
 
     def steps(self, known: KnownAnswer, prompt_ids: Sequence[int]) -> list[ExpectedStep]:
         """The steps of one request."""
         if self.algorithm == "NONE":
             return plain_steps(prompt_ids, known.target_next, self.max_tokens, self.stop_ids)
-        if self.algorithm == "DRAFT_TARGET":
+        if self.algorithm == "PARD" and known.after_mask is not None:
+            return parallel_draft_steps(
+                prompt_ids,
+                known.target_next,
+                known.draft_next,
+                known.after_mask,
+                self.draft_length,
+                self.max_tokens,
+                self.stop_ids,
+            )
+        if self.algorithm in CHAINED:
             return draft_target_steps(
                 prompt_ids,
                 known.target_next,
@@ -93,11 +123,14 @@ class Case:
         )
 
 
-def read_known_answer(target_dir: Path) -> KnownAnswer:
-    """The functions behind a calibration target, as its builder wrote them down."""
+def read_known_answer(target_dir: Path, draft_dir: Path | None = None) -> KnownAnswer:
+    """The functions behind a calibration target and its drafter, as their builder wrote them."""
     path = target_dir / KNOWN_ANSWER_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if draft_dir is not None and (draft_dir / KNOWN_DRAFT_FILE).is_file():
+            path = draft_dir / KNOWN_DRAFT_FILE
+            found |= json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}), expected a folder made by speedbench calibrate: "
@@ -110,6 +143,8 @@ def read_known_answer(target_dir: Path) -> KnownAnswer:
         draft_next=tuple(found["draft_next"]),
         eos_token_ids=tuple(found["eos_token_ids"]),
         densities=found["densities"],
+        after_mask=found.get("after_mask"),
+        experts=found.get("experts", ()),
     )
 
 
@@ -121,13 +156,30 @@ def draft_target_steps(
     max_tokens: int,
     stop_ids: Collection[int],
 ) -> list[ExpectedStep]:
-    """A draft model iterates g from the last token. Only the last prompt token matters."""
+    """A drafter iterates g from the last token. Only the last prompt token matters."""
 
     def propose(context: list[int]) -> list[int]:
         draft = [draft_next[context[-1]]]
         while len(draft) < draft_length:
             draft.append(draft_next[draft[-1]])
         return draft
+
+    return _steps(prompt_ids, target_next, propose, max_tokens, stop_ids)
+
+
+def parallel_draft_steps(
+    prompt_ids: Sequence[int],
+    target_next: Sequence[int],
+    draft_next: Sequence[int],
+    after_mask: int,
+    draft_length: int,
+    max_tokens: int,
+    stop_ids: Collection[int],
+) -> list[ExpectedStep]:
+    """A drafter asked for all drafts at once sees the last token and K - 1 masks behind it."""
+
+    def propose(context: list[int]) -> list[int]:
+        return [draft_next[context[-1]], *[after_mask] * (draft_length - 1)]
 
     return _steps(prompt_ids, target_next, propose, max_tokens, stop_ids)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from speedbench.calibration.closed_form import Case, ExpectedStep, KnownAnswer
-from speedbench.types import UNKNOWN
+from speedbench.types import UNKNOWN, RoutedExperts
 
 Fault = Literal[
     "merged events",
@@ -26,6 +26,7 @@ Fault = Literal[
     "steps differ",
     "acceptance rate",
     "too few steps",
+    "wrong experts",
 ]
 
 N_EXACT_TRIALS = 2000
@@ -75,6 +76,8 @@ class PositionCheck:
 class Verdict:
     """The outcome of one comparison; `sentence` says it in words.
 
+    kind: "exact": every step is the computed one; "interval": acceptances are as likely as
+    computed; "consistent": tokens and counts agree with each other, acceptance is not known.
     The acceptance lengths, per category, are over decode steps; where the engine tells no
     acceptance counts, without final steps shorter than K + 1 (on both sides).
     """
@@ -87,6 +90,7 @@ class Verdict:
     expected_al: Mapping[str, float] = field(default_factory=dict)
     measured_al: Mapping[str, float] = field(default_factory=dict)
     positions: tuple[PositionCheck, ...] = ()
+    kind: Literal["exact", "interval", "consistent"] = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,92 @@ def judge_greedy(
         expected_al=expected,
         measured_al=measured,
     )
+
+
+def judge_consistent(
+    observed: Sequence[ObservedRequest],
+    known: KnownAnswer,
+    case: Case,
+    expected_requests: Collection[tuple[str, int]] | None = None,
+) -> Verdict:
+    """For drafters that learn from other requests: which drafts are right cannot be computed.
+
+    What can: the tokens are those of greedy decoding, one at the prefill; no step is longer than
+    K + 1; what is told to be accepted is what the step's tokens show, at the end at least that.
+    """
+    plain = replace(case, algorithm="NONE")
+    n_steps = sum(len(request.n_tokens) for request in observed)
+    wrong: list[tuple[Fault, str]] = []
+    for request in observed:
+        if (broken := _broken(request)) is not None:
+            wrong.append(("steps differ", broken))
+        elif list(request.output_ids) != _output(plain.steps(known, request.prompt_ids)):
+            wrong.append(("wrong tokens", f"{request.name}: its tokens are not the target's"))
+        elif (found := _inconsistency(request, case.draft_length)) is not None:
+            wrong.append((found[0], f"{request.name}, {found[1]}"))
+    fault: Fault | None = None
+    if wrong:
+        fault = wrong[0][0]
+        sentence = f"{len(wrong)} of {len(observed)} requests are wrong; first: {wrong[0][1]}."
+    elif (gaps := _gaps(observed, expected_requests)) is not None or not observed:
+        fault, sentence = "missing requests", f"{gaps or 'no request was recorded'}."
+    else:
+        sentence = (
+            f"the tokens of {len(observed)} requests are exactly as computed, and tokens and "
+            f"counts of all {n_steps} steps agree ({case.algorithm}, K={case.draft_length}; what "
+            "it drafts depends on other requests, so acceptance is not known beforehand)."
+        )
+    return Verdict(fault is None, len(observed), n_steps, sentence, fault, kind="consistent")
+
+
+def _inconsistency(request: ObservedRequest, k: int) -> tuple[Fault, str] | None:
+    """The first step that contradicts itself or K, in words."""
+    last = len(request.n_tokens) - 1
+    rows = zip(
+        request.n_tokens, request.accepted, request.drafted, request.engine_steps, strict=True
+    )
+    for i, (n, accepted, drafted, engine_steps) in enumerate(rows):
+        where = f"step {i}: {n} tokens, accepted {accepted}, drafted {drafted}"
+        if engine_steps > 1:
+            return "merged events", f"{where}, merged from {engine_steps} engine steps"
+        if i == 0 and (n != 1 or accepted > 0 or drafted > 0):
+            return "prefill counted", f"{where}, expected one token and no draft"
+        if n > k + 1:
+            return "merged events", f"{where}, more than K + 1 = {k + 1}"
+        if drafted > k:
+            return "off-by-one K", f"{where}, asked was K={k}"
+        if accepted != UNKNOWN and (accepted < n - 1 or (i not in (0, last) and accepted > n - 1)):
+            return "steps differ", f"{where}"
+        if drafted != UNKNOWN and accepted > drafted:
+            return "steps differ", f"{where}"
+    return None
+
+
+def wrong_experts(
+    request: ObservedRequest, captured: RoutedExperts | None, known: KnownAnswer
+) -> str | None:
+    """Why captured experts are not those of the request's tokens, or None.
+
+    The engine ran the target on the prompt and on every output token but the last. The order of
+    a token's experts is not compared: engines sort them differently.
+    """
+    tokens = [*request.prompt_ids, *request.output_ids[:-1]]
+    if captured is None:
+        return f"{request.name}: no experts were captured."
+    shape = (captured.n_tokens, captured.n_layers, captured.top_k)
+    expected = np.asarray([known.experts[token] for token in tokens], np.int64)
+    if shape != expected.shape:
+        return f"{request.name}: experts of shape {shape} were captured, expected {expected.shape}."
+    found = np.frombuffer(captured.expert_ids, "<i2").reshape(shape)
+    differ = (np.sort(found, axis=2) != np.sort(expected, axis=2)).any(axis=2)
+    if differ.any():
+        token, layer = (int(i) for i in np.argwhere(differ)[0])
+        return (
+            f"{request.name}: {int(differ.sum())} of {differ.size} choices differ; first: token "
+            f"{token}, layer {layer}: {found[token, layer].tolist()}, expected "
+            f"{expected[token, layer].tolist()}."
+        )
+    return None
 
 
 def _pair(observed: Iterable[ObservedRequest], known: KnownAnswer, case: Case) -> list[_Pairing]:
@@ -379,7 +469,15 @@ def judge_sampled(
     n_steps = sum(len(request.n_tokens) for request in observed)
 
     def verdict(fault: Fault | None, text: str, checks: Sequence[PositionCheck] = ()) -> Verdict:
-        return Verdict(fault is None, len(observed), n_steps, text, fault, positions=tuple(checks))
+        return Verdict(
+            fault is None,
+            len(observed),
+            n_steps,
+            text,
+            fault,
+            positions=tuple(checks),
+            kind="interval",
+        )
 
     if gaps := _gaps(observed, expected_requests):
         return verdict("missing requests", f"{gaps}.")
