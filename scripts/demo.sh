@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
-setup scripts/requirements-cpu.txt
+setup .venv scripts/requirements-cpu.txt
 
 out=${1:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 models=models/calibration

@@ -1,35 +1,36 @@
-# Sourced by demo.sh and test.sh: .venv with what scripts/requirements-*.txt pin, and speedbench.
+# Sourced by demo.sh and test.sh: virtual environments with what scripts/requirements-*.txt pin, and
+# speedbench. Engines that want different versions of the same packages get one each.
 #
-#   setup LOCK...   install these lock files unless they are installed already (then: no network)
+#   setup VENV LOCK...   install these lock files unless they are installed already (no network then)
 
 setup() {
-    local root python stamp want lock
-    root=$(pwd)
+    local venv=$1 python stamp want lock
+    shift
     python=$(command -v python3.11 || command -v python3)
     want=$(cat "$@" setup.cfg | sha256sum | cut -d' ' -f1)
-    stamp=.venv/installed
-    if [ -x .venv/bin/python ] && grep -qsx "$want" "$stamp"; then
+    stamp=$venv/installed
+    if [ -x "$venv/bin/python" ] && grep -qsx "$want" "$stamp"; then
         return
     fi
-    echo "installing into $root/.venv (about 500 MB the first time)"
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    echo "installing into $(pwd)/$venv (about 500 MB the first time)"
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     for lock in "$@"; do
         # Everything is pinned and nothing is resolved, so no CUDA build can come along. PyTorch's
         # CPU build is not on PyPI: its own index is asked last.
-        .venv/bin/python -m pip install --quiet --no-deps -r "$lock" 2>.venv/pip.log ||
+        "$venv/bin/python" -m pip install --quiet --no-deps -r "$lock" 2>"$venv/pip.log" ||
             PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL:-} ${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" \
-                .venv/bin/python -m pip install --quiet --no-deps -r "$lock" || {
-            cat .venv/pip.log >&2
+                "$venv/bin/python" -m pip install --quiet --no-deps -r "$lock" || {
+            cat "$venv/pip.log" >&2
             echo "the packages of $lock could not be installed: see pip's message above" >&2
             return 2
         }
     done
-    .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . 2>.venv/pip.log || {
-        cat .venv/pip.log >&2
+    "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e . 2>"$venv/pip.log" || {
+        cat "$venv/pip.log" >&2
         return 2
     }
-    if .venv/bin/python -m pip list --format=freeze 2>/dev/null | grep -iE '^(nvidia-|triton=)'; then
-        echo "these CUDA packages do not belong into a CPU installation: remove .venv and retry" >&2
+    if "$venv/bin/python" -m pip list --format=freeze 2>/dev/null | grep -iE '^(nvidia-|triton=)'; then
+        echo "these CUDA packages do not belong into a CPU installation: remove $venv and retry" >&2
         return 2
     fi
     echo "$want" >>"$stamp"

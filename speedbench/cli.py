@@ -1,14 +1,16 @@
-"""The command line: run, report, calibrate. The only module that prints."""
+"""The command line: run, report, calibrate, engines. The only module that prints."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import (
@@ -26,12 +28,15 @@ from speedbench.types import UserError
 
 if TYPE_CHECKING:  # imported where needed, so that --help answers at once
     from speedbench.config import RunConfig
-    from speedbench.session import Outcome, Prepared, Progress, Target
-    from speedbench.types import Engine
+    from speedbench.launch import Launch
+    from speedbench.replicas import Replicas
+    from speedbench.session import Outcome, Place, Prepared, Progress, Target
+    from speedbench.types import Algorithm, Engine
 
-OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OK, FAILED, USAGE, INTERRUPTED, PREEMPTED, TERMINATED = 0, 1, 2, 130, 138, 143
 """Exit codes: measured; the engine died or nothing could be measured; the user can mend it;
-Ctrl-C; SIGTERM."""
+Ctrl-C; SIGUSR1, by which a batch system tells that time is up; SIGTERM. After the last three what
+was measured is stored, and --resume goes on."""
 
 OUTSIDE_CONFIG = ("runtime_params", "config", "resume", "mtbench", "specbench")
 
@@ -42,6 +47,7 @@ recorded, and acceptance, step time, throughput and speedup are computed from th
   {prog} --engine VLLM --model_dir TARGET                                the baseline
   {prog} --engine VLLM --model_dir TARGET --draft_model_dir DRAFT \\
       --speculative_algorithm DRAFT_TARGET --draft_length 3              with a drafter
+  mpirun -n 4 python run.py --engine VLLM ...                            four replicas, one run
   speedbench report runs/BASELINE runs/WITH_DRAFTER                      both, side by side
   speedbench calibrate --engine VLLM                         is it measured right?
 
@@ -55,7 +61,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "speedbench") -> int:
     try:
         return _dispatch(argv, prog)
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        if not _is_silent_replica():
+            print(f"{prog}: {error}", file=sys.stderr)
         return USAGE
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # `... | head`
@@ -69,6 +76,7 @@ def _dispatch(argv: list[str], prog: str) -> int:
         "run": _run,
         "report": _report,
         "calibrate": _calibrate,
+        "engines": _engines,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(ABOUT.format(prog=f"{prog} run"))
@@ -82,7 +90,38 @@ def _dispatch(argv: list[str], prog: str) -> int:
     command = commands.get(argv[0])
     if command is None:
         raise UserError(f"there is no command '{argv[0]}': expected {', '.join(commands)}")
+    if argv[0] == "calibrate":
+        _settle(_launch())
     return command(argv[1:], prog if prog != "speedbench" else f"speedbench {argv[0]}")
+
+
+def _launch() -> Launch:
+    from speedbench import launch
+
+    return launch.of_environment(os.environ)
+
+
+def _is_silent_replica() -> bool:
+    """Whether replica 0 says what this process would say, too."""
+    launched = _launch()
+    return launched.n_replicas > 1 and launched.rank > 0
+
+
+def _settle(launched: Launch) -> Place:
+    """Take the CPUs that this process may use, and say so if the launcher had bound it to fewer."""
+    from speedbench import launch
+    from speedbench.session import Place
+
+    launch.prepare_environment(launched, os.environ)
+    cpus = launch.unbind(launched)
+    if cpus.n != cpus.n_given and launched.rank == 0:
+        share = f", its share among {launched.local_size} ranks" if launched.local_size > 1 else ""
+        print(
+            f"speedbench: {launched.launcher} bound this process to {cpus.n_given} CPU(s); it and "
+            f"its engine use {cpus.n} now{share}",
+            file=sys.stderr,
+        )
+    return Place(launched.launcher, cpus.n_given, cpus.n)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -177,53 +216,177 @@ def _run(argv: list[str], prog: str) -> int:
         print(ABOUT.format(prog=prog))
         return OK
     given = vars(_run_parser(prog).parse(argv))
-    with _signals() as signals:
-        return _run_configured(_configuration(given), signals)
+    from speedbench.replicas import join
+
+    launched = _launch()
+    with _signals(loud=not _is_silent_replica()) as signals:
+        place = _settle(launched)
+        if launched.node_rank > 0:
+            return _serve(_configuration(given).config, launched)
+        replicas = join(launched)
+        start = _Start(launched, replicas, place)
+        if replicas.size == 1:
+            return _run_configured(_configuration(given), signals, start)
+        return _run_together(given, signals, start, prog)
 
 
-def _run_configured(asked: _Asked, signals: _Signals) -> int:
+class _Start(NamedTuple):
+    """How this process was started, and beside which others."""
+
+    launch: Launch
+    replicas: Replicas
+    place: Place
+
+
+def _run_together(given: dict[str, Any], signals: _Signals, start: _Start, prog: str) -> int:
+    """Replicas end together: one that went before would make the launcher end the others."""
+    from speedbench.replicas import AgreedError
+
+    replicas = start.replicas
+    try:
+        asked = replicas.agree(lambda: _configuration(given))
+        code = _run_configured(asked, signals, start)
+    except AgreedError as error:
+        if replicas.is_first:
+            print(f"{prog}: {error}", file=sys.stderr)
+        code = USAGE
+    except UserError as error:
+        print(f"{prog}: replica {replicas.rank}: {error}", file=sys.stderr)
+        return USAGE
+    sys.stdout.flush()
+    sys.stderr.flush()
+    code = max(replicas.exchange(code))
+    replicas.leave()
+    return code
+
+
+def _serve(config: RunConfig, launched: Launch) -> int:
+    """A further node of one engine: its adapter serves until the first node ends."""
+    start_engine(config, launched).close()
+    return OK
+
+
+def _run_configured(asked: _Asked, signals: _Signals, start: _Start) -> int:
     from speedbench import session, store
+    from speedbench.replicas import AgreedError
 
+    replicas = start.replicas
     config, resume_dir = asked.config, asked.resume_dir
-    directory = resume_dir or _directory(config)
+    if not replicas.is_first:
+        config = config.model_copy(update={"show_progress": False})
+    replicas.agree(lambda: _refuse_replicas(config, replicas))
+    directory = replicas.from_first(lambda: resume_dir or _directory(config))
     if resume_dir is None:
-        store.refuse_existing(directory)
+        replicas.from_first(lambda: store.refuse_existing(directory))
     _say(f"reading and encoding the prompts of --dataset {config.dataset}", config)
-    prepared = session.prepare(config)
+    prepared = replicas.agree(lambda: session.prepare(config))
+    _refuse_other_prompts(replicas.exchange(prepared.fingerprint))
     if asked.fingerprint not in (None, prepared.fingerprint):
-        raise UserError(
+        raise AgreedError(
             "--config cannot be repeated: its prompts had the fingerprint "
             f"{str(asked.fingerprint)[:12]}, they have {prepared.fingerprint[:12]} now; restore "
             "the dataset and the tokenizer, or type the flags out to measure something new"
         )
-    target = (
-        session.resumed_target(directory, config, prepared)
-        if resume_dir is not None
-        else session.Target(directory)
+    target = replicas.from_first(
+        lambda: (
+            session.resumed_target(directory, config, prepared)
+            if resume_dir is not None
+            else session.Target(directory)
+        )
     )
     if target.is_complete(prepared):
-        _print_report([directory], "console")
-        print(f"\n{directory} was complete already: nothing was measured", file=sys.stderr)
+        if replicas.is_first:
+            _print_report([directory], "console")
+            print(f"\n{directory} was complete already: nothing was measured", file=sys.stderr)
         return OK
-    if config.trust_remote_code:
+    if config.trust_remote_code and replicas.is_first:
         print("note: --trust_remote_code runs code that ships with the checkpoint", file=sys.stderr)
+    start = _with_own_devices(config, start)
     _say(f"starting {config.engine}", config)
-    engine = start_engine(config)
+    engine, fault = _start_engines(config, start)
     try:
-        outcome = _measure(config, prepared, engine, target, signals)
+        outcome = _measure(config, prepared, engine, target, signals, start, fault)
     finally:
-        engine.close()
-    try:
-        _add_known_answer(config, prepared, directory)
-    except UserError as error:
-        print(f"speedbench: no comparison with the closed form: {error}", file=sys.stderr)
-    _print_report([directory], "console")
-    _say_end(outcome, directory)
+        if engine is not None:
+            engine.close()
+    if replicas.is_first:
+        try:
+            _add_known_answer(config, prepared, directory)
+        except UserError as error:
+            print(f"speedbench: no comparison with the closed form: {error}", file=sys.stderr)
+        _print_report([directory], "console")
+        _say_end(outcome, directory)
     return _exit_code(outcome, signals)
 
 
+def _refuse_replicas(config: RunConfig, replicas: Replicas) -> None:
+    import engines
+
+    if replicas.size > 1 and getattr(engines.adapter(config.engine), "owns_ranks", False):
+        raise UserError(
+            f"{config.engine} starts MPI ranks of its own and cannot be one of {replicas.size} "
+            "replicas: start jobs of one process each (mpirun -n 1) with --shard r/R and a "
+            "--save_dir of its own, then `speedbench report --merge DIR DIR ...`"
+        )
+
+
+def _refuse_other_prompts(fingerprints: Sequence[str]) -> None:
+    from speedbench.replicas import AgreedError
+
+    for rank, fingerprint in enumerate(fingerprints):
+        if fingerprint != fingerprints[0]:
+            raise AgreedError(
+                f"the prompts differ: their fingerprint is {fingerprints[0][:12]} in replica 0 and "
+                f"{fingerprint[:12]} in replica {rank}; give every host the same dataset and "
+                "tokenizer"
+            )
+
+
+def _with_own_devices(config: RunConfig, start: _Start) -> _Start:
+    """Before the engine is imported: this replica's share of the host's GPUs."""
+    from speedbench import launch
+
+    if config.engine == "NULL":
+        return start
+    own = start.replicas.agree(lambda: launch.own_devices(start.launch, config.n_gpus, os.environ))
+    if own is None:
+        return start
+    os.environ["CUDA_VISIBLE_DEVICES"] = own
+    return start._replace(place=replace(start.place, devices=own))
+
+
+def _start_engines(config: RunConfig, start: _Start) -> tuple[Engine | None, str]:
+    """This replica's engine, or why it did not start while another's did."""
+    if start.replicas.size == 1:
+        return start_engine(config, start.launch), ""
+    from speedbench.replicas import AgreedError
+
+    engine, fault = None, ""
+    try:
+        engine = start_engine(config, start.launch)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other replicas can measure
+        fault = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    faults = start.replicas.exchange(fault)
+    if all(faults):
+        raise AgreedError(faults[0])
+    for rank, sentence in enumerate(faults):
+        if sentence and start.replicas.is_first:
+            print(
+                f"speedbench: replica {rank} did not start, the others measure their shares: "
+                f"{sentence}",
+                file=sys.stderr,
+            )
+    return engine, fault
+
+
 def _measure(
-    config: RunConfig, prepared: Prepared, engine: Engine, target: Target, signals: _Signals
+    config: RunConfig,
+    prepared: Prepared,
+    engine: Engine | None,
+    target: Target,
+    signals: _Signals,
+    start: _Start,
+    fault: str,
 ) -> Outcome:
     from speedbench import environment, session
 
@@ -237,14 +400,23 @@ def _measure(
             argv=environment.command_line(),
             stop=signals.why,
             progress=progress,
+            replicas=start.replicas,
+            place=start.place,
+            fault=fault,
         )
 
 
-def start_engine(config: RunConfig) -> Engine:
+def start_engine(config: RunConfig, launched: Launch) -> Engine:
     """Start the engine that a configuration names. Raises UserError."""
     import engines
+    from speedbench import launch
 
-    return engines.adapter(config.engine)(config.engine_settings())
+    adapter = engines.adapter(config.engine)
+    settings = config.engine_settings()
+    nodes = launch.node_arguments(launched, getattr(adapter, "node_args", {}))
+    if nodes:
+        settings = replace(settings, engine_args={**settings.engine_args, **nodes})
+    return adapter(settings)
 
 
 def _exit_code(outcome: Outcome, signals: _Signals) -> int:
@@ -437,10 +609,11 @@ def _say(text: str, config: RunConfig) -> None:
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM: the first ends a measurement in order, the next at once."""
+    """Ctrl-C, SIGTERM, SIGUSR1: the first ends a measurement in order, the next at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, loud: bool = True) -> None:
         self.received: int | None = None
+        self._loud = loud
         self._graceful = False
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
@@ -448,9 +621,13 @@ class _Signals:
         self.received = number
         name = signal.Signals(number).name
         if again or not self._graceful:
-            print(f"\nspeedbench: ended by {name}", file=sys.stderr)
+            self._say(f"ended by {name}")
             raise SystemExit(128 + number)  # not KeyboardInterrupt: vLLM swallows that one
-        print("\nspeedbench: stopping; once more ends it at once", file=sys.stderr)
+        self._say("stopping; once more ends it at once")
+
+    def _say(self, text: str) -> None:
+        if self._loud:
+            print(f"\nspeedbench: {text}", file=sys.stderr)
 
     def why(self) -> str | None:
         return (
@@ -467,10 +644,11 @@ class _Signals:
 
 
 @contextmanager
-def _signals() -> Iterator[_Signals]:
-    """Handle SIGINT and SIGTERM inside the block; an exit before or after measuring is clean."""
-    signals = _Signals()
-    before = {n: signal.signal(n, signals.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+def _signals(loud: bool = True) -> Iterator[_Signals]:
+    """Handle them inside the block; an exit before or after measuring is clean."""
+    signals = _Signals(loud)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.signal(n, signals.handle) for n in numbers}
     try:
         yield signals
     finally:
@@ -520,31 +698,47 @@ def _showing(progress: Progress, wanted: bool) -> Iterator[None]:
 
 def _report(argv: list[str], prog: str) -> int:
     parser = _Parser(prog=prog, description="Report one stored run, or a baseline and a run.")
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories")
+    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run directories")
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="RUN_DIR",
+        help="directories that hold the shards (--shard r/R) of one run; may be given twice, for a "
+        "baseline and a run",
+    )
     parser.add_argument(
         "--format", choices=("console", "markdown", "json"), default="console", help="what to print"
     )
     given = parser.parse(argv)
-    _print_report([Path(run) for run in given.runs], given.format)
+    if not given.runs and not given.merge:
+        raise UserError("no run directory was named: name one, or a baseline and another")
+    merges = [[Path(run) for run in shards] for shards in given.merge]
+    _print_report([Path(run) for run in given.runs], given.format, merges)
     return OK
 
 
-def _print_report(directories: Sequence[Path], form: str) -> None:
+def _print_report(
+    directories: Sequence[Path], form: str, merges: Sequence[Sequence[Path]] = ()
+) -> None:
     """One run, or a baseline and a speculative run side by side, in the given form."""
     import json
 
     from speedbench import store
     from speedbench.report import as_json, console, markdown
+    from speedbench.report.merge import merged
     from speedbench.report.pair import pair
     from speedbench.report.summary import summarize
 
     runs = [store.load(directory) for directory in directories]
+    runs += [merged(shards) for shards in merges]
     both = None
     if len(runs) == 2:
         runs.sort(key=lambda run: run.manifest["engine"]["draft_length"] > 0)
         both = pair(*runs)
-        if directories[0].resolve() == directories[1].resolve():
-            raise UserError(f"{directories[0]} was named twice: name a baseline and another run")
+        if runs[0].directory.resolve() == runs[1].directory.resolve():
+            raise UserError(f"{runs[0].directory} was named twice: name a baseline and another run")
     elif len(runs) > 2:
         raise UserError(
             f"{len(runs)} runs were named: report one, or a baseline and a speculative run"
@@ -574,7 +768,7 @@ def _calibrate(argv: list[str], prog: str) -> int:
     )
     parser.add_argument("--engine", default="VLLM", help="engine to prove (default: VLLM)")
     parser.add_argument(
-        "--algorithm", default="all", help="NONE, DRAFT_TARGET, NGRAM, comma-separated, or all"
+        "--algorithm", default="all", help="EAGLE3, MTP, ..., comma-separated, or all (default)"
     )
     parser.add_argument("--draft_length", default="1,3,5", metavar="K,K", help="default: 1,3,5")
     parser.add_argument("--concurrency", default="1,8,64", metavar="N,N", help="default: 1,8,64")
@@ -600,31 +794,31 @@ def _calibrate(argv: list[str], prog: str) -> int:
 
 
 def _print_verdicts(engine: str, given: argparse.Namespace, directory: Path) -> int:
-    """Run the cases; print a line as each is judged, and at the end how many were exact."""
+    """Run the cases, a line as each is judged; at the end one table, and the exit code."""
     from rich.console import Console
     from rich.markup import escape
 
     import engines
     from speedbench import calibrate
-    from speedbench.calibration.closed_form import ALGORITHMS
+    from speedbench.report.support import verdict_table
 
     adapter = engines.adapter(engine)
-    wanted = list(ALGORITHMS) if given.algorithm == "all" else given.algorithm.upper().split(",")
-    for algorithm in wanted:
-        if algorithm not in ALGORITHMS:
-            raise UserError(
-                f"--algorithm is '{algorithm}': known answers exist for {', '.join(ALGORITHMS)}"
-            )
-    supported = [a for a in wanted if a in adapter.algorithms]
+    asked = _algorithms(given.algorithm)
+    supported = [name for name in asked if name in adapter.algorithms]
     if not supported:
-        raise UserError(f"{engine} has none of {', '.join(wanted)}: nothing can be calibrated")
+        raise UserError(
+            f"{engine} has none of {', '.join(asked)}: it has {', '.join(adapter.algorithms)}"
+        )
     if directory.exists():
         raise UserError(f"{directory} exists: choose another --save_dir")
+    concurrencies = _numbers("--concurrency", given.concurrency)
+    if (limit := adapter.max_concurrency) is not None:
+        concurrencies = sorted({min(n, limit) for n in concurrencies})
     cases = list(
         calibrate.engine_cases(
             supported,
             _numbers("--draft_length", given.draft_length),
-            _numbers("--concurrency", given.concurrency),
+            concurrencies,
             _numbers("--output_length", given.output_length),
         )
     )
@@ -635,21 +829,39 @@ def _print_verdicts(engine: str, given: argparse.Namespace, directory: Path) -> 
     }
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{'case':<42}{'requests':>9}{'steps':>8}  verdict[/bold]")
-    n_wrong = n = 0
+    cells = []
     for cell in calibrate.calibrate(base, cases, directory, adapter, adapter.calibration_args):
+        cells.append(cell)
         found = cell.verdict
-        n += 1
-        n_wrong += not found.ok
-        kind = "exact" if cell.config.temperature == 0 else "within its interval"
-        word = f"[green]{kind}[/green]" if found.ok else f"[red]FAULT: {found.fault}[/red]"
+        if found is None:
+            console.print(f"{cell.directory.name:<59}  not on this engine: {escape(cell.refusal)}")
+            continue
+        word = f"[green]{found.kind}[/green]" if found.ok else f"[red]FAULT: {found.fault}[/red]"
         console.print(f"{cell.directory.name:<42}{found.n_requests:>9}{found.n_steps:>8}  {word}")
-        if not found.ok or cell.config.temperature:
+        if not found.ok or found.kind != "exact":
             console.print(f"    {escape(found.sentence)}")
-    for algorithm in wanted:
-        if algorithm not in supported:
-            console.print(f"{algorithm.lower():<42}{'':>17}  not on this engine")
-    console.print(f"\n{n - n_wrong} of {n} cases are as computed. Records: {directory}/runs")
-    return FAILED if n_wrong else OK
+    absent = {name: adapter.support.get(name) for name in asked if name not in supported}
+    console.print()
+    console.print(verdict_table(cells, absent))
+    judged = [cell.verdict for cell in cells if cell.verdict is not None]
+    n_right = sum(found.ok for found in judged)
+    console.print(f"\n{n_right} of {len(judged)} cases are as computed. Records: {directory}/runs")
+    refused_by_name = given.algorithm != "all" and len(judged) < len(cells)
+    return OK if judged and n_right == len(judged) and not refused_by_name else FAILED
+
+
+def _algorithms(text: str) -> list[Algorithm]:
+    """What --algorithm names; 'all' is every algorithm there is."""
+    from speedbench.types import Algorithm
+
+    known: tuple[Algorithm, ...] = get_args(Algorithm)
+    if text.lower() == "all":
+        return list(known)
+    named = [name.strip().upper() for name in text.split(",")]
+    for name in named:
+        if name not in known:
+            raise UserError(f"--algorithm is '{name}': expected {', '.join(known)}, or all")
+    return [name for name in known if name in named]
 
 
 def _numbers(flag: str, text: str) -> list[int]:
@@ -661,3 +873,25 @@ def _numbers(flag: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise UserError(f"{flag} is '{text}': expected whole numbers from 1, comma-separated")
     return numbers
+
+
+# ---------------------------------------------------------------- engines
+
+
+def _engines(argv: list[str], prog: str) -> int:
+    parser = _Parser(prog=prog, description="What each engine supports, and how it was proven.")
+    parser.add_argument(
+        "--format", choices=("console", "markdown"), default="console", help="what to print"
+    )
+    given = parser.parse(argv)
+    import engines
+    from speedbench.report.support import markdown, support_table
+
+    adapters = {name: engines.adapter(name) for name in engines.ADAPTERS if name != "NULL"}
+    if given.format == "markdown":
+        print(markdown(adapters))
+    else:
+        from rich.console import Console
+
+        Console().print(support_table(adapters))
+    return OK

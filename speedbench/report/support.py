@@ -63,8 +63,9 @@ def markdown(adapters: Mapping[str, EngineAdapter]) -> str:
 def verdict_table(cells: Sequence[Cell], absent: Mapping[Algorithm, Support]) -> Table:
     """Algorithm, K and what was found, over all runs of each; then what the engine lacks."""
     table = Table(box=box.SIMPLE_HEAD)
-    for title, justify in (("algorithm", "left"), ("K", "right"), ("verdict", "left")):
-        table.add_column(title, justify="right" if justify == "right" else "left")
+    table.add_column("algorithm", no_wrap=True)
+    table.add_column("K", justify="right")
+    table.add_column("verdict", no_wrap=True)
     table.add_column("requests", justify="right")
     table.add_column("steps", justify="right")
     table.add_column("why", overflow="fold")

@@ -1,0 +1,195 @@
+"""calibrate: every algorithm gets its checkpoints, every verdict its place in the table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import engines
+from speedbench import calibrate, cli
+from speedbench.calibration.closed_form import Case, KnownAnswer, read_known_answer
+from speedbench.types import (
+    Algorithm,
+    EngineInfo,
+    EngineSettings,
+    Request,
+    RoutedExperts,
+    Step,
+    Support,
+    UserError,
+)
+from tests.scripted import ScriptedEngine
+
+ALL: tuple[Algorithm, ...] = (
+    "NONE", "DRAFT_TARGET", "EAGLE", "EAGLE3", "MTP", "MEDUSA", "PARD", "NGRAM", "SUFFIX",
+)  # fmt: skip
+
+
+class RightEngine(ScriptedEngine):
+    """Decodes calibration checkpoints as their files say; it names itself VLLM for its lookup."""
+
+    algorithms = ALL
+    versions = "1"
+    max_concurrency: int | None = None
+    support: ClassVar = {
+        **{name: Support("real", "here") for name in ALL},
+        "DFLASH": Support("absent", "", "it has no block diffusion"),
+    }
+    flag_of: ClassVar[dict[str, str]] = {}
+    calibration_args: ClassVar[dict[str, Any]] = {}
+    spoil_k = 0  # drafts so many tokens more than it says
+
+    def __init__(self, settings: EngineSettings) -> None:
+        if settings.algorithm == "MTP":
+            raise UserError("this engine has no head to predict with: use another")
+        draft = settings.draft_model_dir
+        self.known = read_known_answer(Path(settings.model_dir), Path(draft) if draft else None)
+        self.settings = settings
+        self.k = 0 if settings.algorithm == "NONE" else settings.draft_length
+        super().__init__(self.play, draft_length=self.k)
+
+    def play(self, request: Request) -> Sequence[Step]:
+        # What SUFFIX drafts is not known beforehand: nothing here.
+        algorithm = "NONE" if self.settings.algorithm == "SUFFIX" else self.settings.algorithm
+        case = Case(
+            algorithm, self.k + self.spoil_k, request.max_tokens,
+            request.sampling.stop_token_ids, 2, 3,
+        )  # fmt: skip
+        steps = case.steps(self.known, request.token_ids)
+        output = [token for step in steps for token in step.token_ids]
+        last = len(steps) - 1
+        ended = "stop" if output[-1] in request.sampling.stop_token_ids else "length"
+        return [
+            Step(
+                request.request_id, 0, step.token_ids,
+                accepted=step.accepted, drafted=step.drafted,
+                finish_reason=ended if i == last else None,
+                routed_experts=self.experts(request, output) if i == last else None,
+            )
+            for i, step in enumerate(steps)
+        ]  # fmt: skip
+
+    def experts(self, request: Request, output: Sequence[int]) -> RoutedExperts | None:
+        if not self.settings.capture_experts:
+            return None
+        tokens = [*request.token_ids, *output[:-1]]
+        ids = np.asarray([self.known.experts[token] for token in tokens], "<i2")
+        return RoutedExperts(*ids.shape, ids.tobytes())
+
+    def describe(self) -> EngineInfo:
+        return replace(
+            super().describe(), name="VLLM", tells_drafted=True,
+            settings={"ngram_min": 2, "ngram_max": 3},
+        )  # fmt: skip
+
+
+def run(engine: Any, monkeypatch: pytest.MonkeyPatch, save_dir: Path, *more: str) -> int:
+    monkeypatch.setattr(engines, "adapter", lambda _name: engine)
+    return cli.main(
+        ["calibrate", "--engine", "VLLM", "--save_dir", str(save_dir), "--draft_length", "3",
+         "--concurrency", "16", "--output_length", "12", *more]
+    )  # fmt: skip
+
+
+def table(text: str) -> dict[str, str]:
+    """First words of the closing table's lines -> the line."""
+    lines = text[text.index("  algorithm ") :].splitlines()[2:]
+    return {re.split(r"\s{2,}", line.strip())[0]: line for line in lines if line[2:4].strip()}
+
+
+def test_every_algorithm_is_judged_and_told_in_one_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # At temperature 1 a greedy engine is no sampled one: that case, and no other, is a fault.
+    assert run(RightEngine, monkeypatch, tmp_path / "runs") == cli.FAILED
+    found = table(capsys.readouterr().out)
+    for name in ("NONE", "EAGLE", "EAGLE3", "EAGLE3 pruned", "MEDUSA", "PARD", "NGRAM"):
+        assert " exact " in found[name], found[name]
+    assert " consistent " in found["SUFFIX"]
+    assert " exact " in found["routed experts"]
+    assert " exact " in found["DRAFT_TARGET natural"]
+    assert "exact, FAULT" in found["DRAFT_TARGET"]
+    assert "not on this engine" in found["MTP"]
+    assert "not on this engine" in found["DFLASH"]
+    assert "275 " in found["EAGLE"]  # requests: 220 single turns, 22 conversations of 2 or 3
+
+
+@pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "MEDUSA", "PARD"])
+def test_another_k_is_found_with_every_drafter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    algorithm: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(RightEngine, "spoil_k", 1)
+    code = run(RightEngine, monkeypatch, tmp_path / "runs", "--algorithm", algorithm)
+    assert code == cli.FAILED
+    assert "FAULT: off-by-one K" in capsys.readouterr().out
+
+
+def test_experts_of_other_tokens_are_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shifted(self: RightEngine, request: Request, output: Sequence[int]) -> Any:
+        return RightEngine.experts(
+            self, replace(request, token_ids=request.token_ids[::-1]), output
+        )
+
+    spoiled = type("Shifted", (RightEngine,), {"experts": shifted})
+    code = run(spoiled, monkeypatch, tmp_path / "runs", "--algorithm", "NONE")
+    assert code == cli.FAILED
+    assert "FAULT: wrong experts" in capsys.readouterr().out
+
+
+def test_an_algorithm_that_was_named_and_does_not_start_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(RightEngine, monkeypatch, tmp_path / "runs", "--algorithm", "EAGLE,MTP")
+    assert code == cli.FAILED
+    out = capsys.readouterr().out
+    assert "no head to predict with" in out
+    assert run(RightEngine, monkeypatch, tmp_path / "more", "--algorithm", "eagle") == cli.OK
+    assert run(RightEngine, monkeypatch, tmp_path / "none", "--algorithm", "DFLASH") == cli.USAGE
+    assert "it has NONE, DRAFT_TARGET" in capsys.readouterr().err
+    assert run(RightEngine, monkeypatch, tmp_path / "none", "--algorithm", "MTPX") == cli.USAGE
+    assert "expected EAGLE3, EAGLE" in capsys.readouterr().err
+
+
+def test_an_engine_of_one_request_at_a_time_is_asked_one_at_a_time() -> None:
+    cases = list(calibrate.engine_cases(["NGRAM"], [1, 3], [1], [5, 20]))
+    assert [(c.subject.label, c.k) for c in cases] == [
+        ("NGRAM", 1), ("NGRAM", 3), ("NGRAM natural", 3),
+    ]  # fmt: skip
+    assert cases[0].cells == ((1, 5, 33, 0.0), (1, 20, 33, 0.0))
+
+
+def test_eagle_heads_come_in_the_form_of_the_engine(models: Path) -> None:
+    eagle = next(s for s in calibrate.SUBJECTS if s.label == "EAGLE")
+    assert calibrate._draft_folder(eagle, models, "VLLM") == str(models / "word/eagle")
+    assert calibrate._draft_folder(eagle, models, "SGLANG") == str(models / "word/eagle-sglang")
+
+
+def test_known_answer_functions_are_read_with_the_drafter(models: Path) -> None:
+    plain = read_known_answer(models / "word/target")
+    pruned = read_known_answer(models / "word/target", models / "word/eagle3-pruned")
+    assert isinstance(plain, KnownAnswer)
+    assert pruned.target_next == plain.target_next
+    assert pruned.draft_next != plain.draft_next
+    assert not {x % 4 for x in pruned.draft_next} & {0}
+
+
+def test_engines_are_listed_with_their_proofs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engines, "ADAPTERS", {"VLLM": "", "NULL": ""})
+    monkeypatch.setattr(engines, "adapter", lambda _name: RightEngine)
+    assert cli.main(["engines", "--format", "markdown"]) == cli.OK
+    out = capsys.readouterr().out
+    assert "| VLLM (1) | EAGLE3 | real engine | here |  |" in out
+    assert "| VLLM (1) | DFLASH | - |  | it has no block diffusion |" in out
+    assert cli.main(["engines"]) == cli.OK
+    assert "block diffusion" in capsys.readouterr().out
