@@ -189,6 +189,7 @@ SUBJECTS = (
     Subject("MTP", "MTP", "word/mtp"),
     Subject("MEDUSA", "MEDUSA", "word/target", "word/medusa"),
     Subject("PARD", "PARD", "word/target", "word/pard"),
+    Subject("DFLASH", "DFLASH", "word/target", "word/dflash"),
     Subject("NGRAM", "NGRAM", "word/target"),
     Subject("SUFFIX", "SUFFIX", "word/target"),
     Subject("routed experts", "NONE", "word/moe", capture_experts=True),

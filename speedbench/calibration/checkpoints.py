@@ -27,7 +27,7 @@ from speedbench.calibration.tokenizers import TokenizerFiles, bpe_tokenizer, wor
 from speedbench.calibration.words import DENSITIES, prompt_rows, words
 from speedbench.types import UserError
 
-VERSION = 2
+VERSION = 3
 """Raise it whenever a built file would differ."""
 PAIRS = ("word", "bpe")
 EAGLE_FORMS = {"eagle": "LlamaForCausalLM", "eagle-sglang": "LlamaForCausalLMEagle"}
@@ -63,8 +63,8 @@ class _Pair:
 def build(out: Path, corpus: Path = CORPUS) -> None:
     """Write `out`/word and `out`/bpe, each with target and draft; seconds, the same every time.
 
-    The word pair comes with more drafters: eagle, eagle3, medusa, pard, and targets of its own
-    with a head to predict further (mtp) and with routed experts (moe).
+    The word pair comes with more drafters (eagle, eagle3, medusa, pard, dflash) and with targets
+    that have a head to predict further (mtp) or routed experts (moe).
 
     Does nothing if this version, trained on this corpus, is already there.
     """
@@ -178,6 +178,7 @@ def _write_drafters(folder: Path, pair: _Pair, table: NDArray[np.float32]) -> No
     _write_eagle3(folder / "eagle3-pruned", pair, table, _kept(pair))
     _write_medusa(folder / "medusa", pair, table)
     _write_pard(folder / "pard", pair, table)
+    _write_dflash(folder / "dflash", pair, table)
     config = {
         **_config(pair, N_LAYERS["target"], n_heads=MTP_HEADS),
         # Not MiMo's own model_type, which transformers lacks, nor qwen2, for which it replaces the
@@ -242,6 +243,20 @@ def _write_pard(folder: Path, pair: _Pair, table: NDArray[np.float32]) -> None:
     found = weights.bigram(table, pair.draft_next, N_LAYERS["draft"], N_HEADS)
     _write_model(folder, pair, config, found)
     _check(folder, pair.draft_next)
+    _write_json(folder / KNOWN_DRAFT_FILE, {"after_mask": pair.draft_next[mask]})
+
+
+def _write_dflash(folder: Path, pair: _Pair, table: NDArray[np.float32]) -> None:
+    """Block diffusion's interface: like PARD, but in one block with attention to its other end."""
+    mask = pair.tokenizer.pad
+    config = {
+        **_config(pair, 1),
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "dflash_config": {"mask_token_id": mask, "target_layer_ids": [0]},
+    }
+    found = weights.dflash(table, pair.draft_next, mask, N_HEADS)
+    _write_model(folder, pair, config, found)
     _write_json(folder / KNOWN_DRAFT_FILE, {"after_mask": pair.draft_next[mask]})
 
 

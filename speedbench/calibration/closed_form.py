@@ -22,7 +22,9 @@ KNOWN_DRAFT_FILE = "known_draft.json"
 """Beside a drafter that says something else than the target's file tells."""
 CHAINED: tuple[Algorithm, ...] = ("DRAFT_TARGET", "EAGLE", "EAGLE3", "MTP", "MEDUSA")
 """Algorithms that propose g(x), g(g(x)), ... after the last token x."""
-ALGORITHMS: tuple[Algorithm, ...] = ("NONE", *CHAINED, "PARD", "NGRAM")
+MASKED: tuple[Algorithm, ...] = ("PARD", "DFLASH")
+"""Algorithms that ask for all drafts at once, masks in the place of those not known yet."""
+ALGORITHMS: tuple[Algorithm, ...] = ("NONE", *CHAINED, *MASKED, "NGRAM")
 """Algorithms whose steps are known here."""
 NGRAM_ENGINES = ("VLLM",)
 """Engines whose lookup depends on a request's own tokens only, in a way that is written down."""
@@ -36,7 +38,7 @@ class KnownAnswer:
     draft_next      g, what the drafter says
     eos_token_ids   every id that ends an answer
     densities       category -> share of its cycle on which g equals f
-    after_mask      what a drafter that is asked for all drafts at once says after a mask (PARD)
+    after_mask      what a drafter that is asked for all drafts at once says after a mask (MASKED)
     experts         (V, layers, top k) experts of each token, for a target that routes
     """
 
@@ -89,7 +91,7 @@ class Case:
         """The steps of one request."""
         if self.algorithm == "NONE":
             return plain_steps(prompt_ids, known.target_next, self.max_tokens, self.stop_ids)
-        if self.algorithm == "PARD" and known.after_mask is not None:
+        if self.algorithm in MASKED and known.after_mask is not None:
             return parallel_draft_steps(
                 prompt_ids,
                 known.target_next,

@@ -212,6 +212,39 @@ def mtp(
     return weights | {f"{prefix}input_proj.weight": joined}
 
 
+def dflash(
+    table: NDArray[np.float32], function: Sequence[int], mask: int, n_heads: int
+) -> Weights:
+    """DFlash: all drafts of a block at once, each place seeing the one before it.
+
+    The block is the last token and K masks. Attention copies NOW of the place before, which is
+    the last token for the first mask and a mask for the others; a mask's own embedding is too
+    small to matter beside it. `fc` gives nothing, so the target's states are not looked at.
+    """
+    weights = _layer("layers.0.", n_heads)
+    prefix = "layers.0.self_attn."
+    turn = 10000.0 ** (-2 * np.arange(N_ROTATIONS) / HEAD_DIM)  # radians per position
+    queries, keys = weights[f"{prefix}q_proj.weight"], weights[f"{prefix}k_proj.weight"]
+    for n in range(n_heads):
+        first = n * HEAD_DIM + np.arange(N_ROTATIONS)
+        keys[first, ROUTE.start] = 1
+        queries[first, ROUTE.start] = np.cos(turn)  # turned back by one position
+        queries[first + HEAD_DIM // 2, ROUTE.start] = -np.sin(turn)
+    weights[f"{prefix}q_proj.weight"] = bfloat16(queries)
+    for name in ("q_norm", "k_norm"):  # to SHARP per entry: the norm makes it sqrt(8)
+        weights[f"{prefix}{name}.weight"] = np.full(HEAD_DIM, 12, np.float32)
+    weights[f"{prefix}v_proj.weight"][:, NOW] = np.eye(n_heads * HEAD_DIM, BLOCK)
+    weights[f"{prefix}o_proj.weight"][NOW, :] = np.eye(BLOCK, n_heads * HEAD_DIM)
+    own = table.copy()
+    own[mask] /= 16
+    weights |= _norms("", "hidden_norm", "norm")
+    return weights | {
+        "fc.weight": _zeros(HIDDEN, HIDDEN),
+        "embed_tokens.weight": own,
+        "lm_head.weight": head(table, function),
+    }
+
+
 def medusa(
     table: NDArray[np.float32], target: Sequence[int], draft: Sequence[int], n_heads: int
 ) -> Weights:
