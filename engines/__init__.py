@@ -9,6 +9,10 @@ from speedbench.types import EngineAdapter
 
 ADAPTERS = {
     "VLLM": "engines.vllm:VllmEngine",
+    "SGLANG": "engines.sglang:SglangEngine",
+    "TRTLLM": "engines.trtllm:TrtllmEngine",
+    "AUTO_DEPLOY": "engines.trtllm:AutoDeployEngine",
+    "HF": "engines.hf:HfEngine",
     "NULL": "engines.null:NullEngine",
 }
 

@@ -1,0 +1,6 @@
+"""AutoDeploy's LLM."""
+
+from ..._engine import AutoDeployLLM
+
+LLM = AutoDeployLLM
+__all__ = ["LLM"]

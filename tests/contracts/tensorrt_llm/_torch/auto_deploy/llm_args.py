@@ -1,0 +1,5 @@
+"""AutoDeploy's constructor arguments."""
+
+from ..._models import AutoDeployLlmArgs as LlmArgs
+
+__all__ = ["LlmArgs"]
