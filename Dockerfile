@@ -2,6 +2,7 @@
 #   docker build --build-arg ENGINE_IMAGE=vllm/vllm-openai:v0.26.0 -t speedbench .
 #   docker run --gpus all --ipc=host -v /models:/models -v "$PWD/runs:/speedbench/runs" \
 #       speedbench run --engine VLLM --model_dir /models/target ...
+# The folder for the runs must be writable for user 10001.
 ARG ENGINE_IMAGE
 FROM ${ENGINE_IMAGE}
 
@@ -11,12 +12,13 @@ COPY speedbench speedbench
 COPY engines engines
 COPY data data
 COPY scripts scripts
-# --no-deps for speedbench itself: the engine's own pins must not move. What it needs beside them:
+# --no-deps for speedbench itself, and no pins: what the engine brought must not move. Beside it:
+# hadolint ignore=DL3013
 RUN python3 -m pip install --no-cache-dir "pyarrow>=15" "scipy>=1.11" "pydantic>=2.5" "rich>=13" \
-        "PyYAML>=6" setuptools && \
+        "PyYAML>=6" "setuptools>=70.1" && \
     python3 -m pip install --no-cache-dir --no-deps --no-build-isolation -e .
 
-RUN useradd --create-home measurer && chown measurer /speedbench
-USER measurer
+RUN useradd --create-home --uid 10001 measurer && chown 10001 /speedbench
+USER 10001
 ENTRYPOINT ["speedbench"]
 CMD ["--help"]

@@ -54,6 +54,8 @@ class NullEngine:
 
     algorithms: Sequence[Algorithm] = ("DRAFT_TARGET", "NONE")
     versions = "simulated"
+    owns_ranks = False
+    node_args: Mapping[str, str] = {}
     max_concurrency: int | None = None
     support: Mapping[Algorithm, Support] = {}
     flag_of: Mapping[str, str] = {}

@@ -111,6 +111,7 @@ class TrtllmEngine:
     backend = "pytorch"
     max_concurrency: int | None = None
     owns_ranks = True  # under mpirun or trtllm-llmapi-launch the other ranks are the engine's
+    node_args: Mapping[str, str] = {}
     algorithms: Sequence[Algorithm] = (
         "EAGLE3",
         "MTP",

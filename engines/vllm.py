@@ -13,11 +13,13 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast, get_args
 
+from engines.overheard import Overheard
 from speedbench.types import (
     UNKNOWN,
     Algorithm,
@@ -27,8 +29,10 @@ from speedbench.types import (
     EngineSettings,
     FinishReason,
     Request,
+    RoutedExperts,
     Sampling,
     Step,
+    Support,
     UserError,
 )
 
@@ -41,9 +45,19 @@ METHODS: Mapping[Algorithm, str] = {
     "NGRAM": "ngram",
     "MTP": "mtp",
     "MEDUSA": "medusa",
+    "PARD": "draft_model",
     "DFLASH": "dflash",
     "SUFFIX": "suffix",
 }
+
+SAMPLES_DRAFTS = ("EAGLE3", "EAGLE", "DRAFT_TARGET", "MTP", "PARD", "DFLASH")
+"""Algorithms whose drafts vLLM can sample; the others always take the likeliest or a copy."""
+
+CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+"""Environment variable: GiB of KV cache on a CPU."""
+
+MASK_TOKEN_KEYS = ("pard_token", "mask_token_id", "ptd_token_id", "dspark_noise_token_id")
+"""Where vLLM looks for the token that stands for one not drafted yet, in a draft's config.json."""
 
 OURS = {
     "skip_tokenizer_init": "prompts are token IDs and no text is needed",
@@ -53,6 +67,13 @@ OURS = {
     "per_request_spec_decode_metrics": "per-step acceptance is needed",
 }
 """Engine arguments that the measurement itself sets, and why."""
+
+SUFFIX_OPTIONS = (
+    "suffix_decoding_max_tree_depth",
+    "suffix_decoding_max_cached_requests",
+    "suffix_decoding_max_spec_factor",
+    "suffix_decoding_min_token_prob",
+)
 
 SAMPLING_OURS = (
     "n",
@@ -66,6 +87,7 @@ SAMPLING_OURS = (
     "top_p",
     "top_k",
     "stream_interval",
+    "routed_experts_prompt_start",
 )
 
 
@@ -76,19 +98,68 @@ CPU_SAMPLING = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """What an installed vLLM takes, by name; empty where it could not be read.
+
+    arguments    of AsyncEngineArgs
+    speculative  keys of its speculative_config
+    methods      values of speculative_config.method
+    """
+
+    version: str
+    arguments: frozenset[str]
+    speculative: frozenset[str] = frozenset()
+    methods: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True)  # mutable: one request in flight
 class _Live:
-    """Per step: tokens, and (accepted, drafted) as far as the engine's step totals tell."""
+    """Per step: tokens, and (accepted, drafted) as far as the engine's step totals tell.
+
+    experts  one (tokens, layers, top k) array per message that carried one
+    """
 
     request_id: str
     n_tokens: list[int] = field(default_factory=list)
     told: list[tuple[int, int]] = field(default_factory=list)
+    experts: list[Any] = field(default_factory=list)
+
+
+SEEN = "vLLM 0.32.0 on x86-64 CPUs"
 
 
 class VllmEngine:
     """vLLM's AsyncLLM, driven from one thread."""
 
     algorithms: Sequence[Algorithm] = (*METHODS, "NONE")
+    versions = "0.20 to 0.33"
+    owns_ranks = False
+    node_args: Mapping[str, str] = {
+        "n_nodes": "nnodes",
+        "node_rank": "node_rank",
+        "host": "master_addr",
+        "port": "master_port",
+    }
+    max_concurrency: int | None = None
+    support: Mapping[Algorithm, Support] = {
+        "NONE": Support("real", SEEN),
+        "DRAFT_TARGET": Support("real", SEEN),
+        "NGRAM": Support("real", SEEN),
+        "EAGLE": Support("real", SEEN),
+        "EAGLE3": Support("real", SEEN, "full and pruned draft vocabularies"),
+        "MTP": Support("real", SEEN, "proven with MiMo's head; others only start"),
+        "MEDUSA": Support("real", SEEN, "vLLM 0.33 no longer has it"),
+        "PARD": Support("real", SEEN, "the draft's config.json must name its mask token"),
+        "DFLASH": Support("real", SEEN, "proven for the first draft token of a block and a mask"),
+        "SUFFIX": Support(
+            "real",
+            SEEN,
+            "needs arctic-inference 0.1.1; by default vLLM also drafts from the answers of earlier "
+            "requests, warm-up included, so acceptance depends on the order of requests: "
+            "speculative_config suffix_decoding_max_cached_requests 0 turns that off",
+        ),
+    }
     flag_of: Mapping[str, str] = {
         "model": "model_dir",
         "tensor_parallel_size": "tp_size",
@@ -98,14 +169,18 @@ class VllmEngine:
         "enable_prefix_caching": "prefix_cache",
         "seed": "seed",
         "trust_remote_code": "trust_remote_code",
+        "enable_return_routed_experts": "capture_experts",
     }
 
     calibration_args: Mapping[Algorithm, Mapping[str, object]] = {
-        "NGRAM": {"speculative_config": {"prompt_lookup_min": 2, "prompt_lookup_max": 3}}
+        "NGRAM": {"speculative_config": {"prompt_lookup_min": 2, "prompt_lookup_max": 3}},
+        # Without the cache of earlier answers a draft depends on its own request only.
+        "SUFFIX": {"speculative_config": {"suffix_decoding_max_cached_requests": 0}},
     }
 
     def __init__(self, settings: EngineSettings) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is the report's
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
             import vllm
@@ -124,19 +199,24 @@ class VllmEngine:
         self._totals: dict[str, list[int]] = {"counts": [0, 0, 0], "per_position": []}
         self.version = str(vllm.__version__)
 
-        names = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
         self._k = 0 if settings.algorithm == "NONE" else settings.draft_length
-        arguments, self._unused = engine_arguments(settings, names)
+        arguments, self._unused = engine_arguments(
+            settings, _interface(self.version, AsyncEngineArgs)
+        )
         self._refuse_unknown_sampling(settings.sampling)
-        _use_little_memory_on_cpu(arguments)
         self._asyncio = asyncio.new_event_loop()
         self._arrived = asyncio.Event()
+        overheard = Overheard()
         try:
-            self._config = AsyncEngineArgs(**arguments).create_engine_config()
-            self._llm: Any = self._run(self._start(AsyncLLM))
+            with _bounded_memory_on_cpu(arguments):
+                if arguments.get("node_rank", 0):
+                    _serve_node(AsyncEngineArgs(**arguments))
+                self._config = AsyncEngineArgs(**arguments).create_engine_config()
+                with overheard:
+                    self._llm: Any = self._run(self._start(AsyncLLM))
         except Exception as error:
             self._asyncio.close()
-            raise UserError(_why_no_start(error)) from error
+            raise UserError(why_no_start(error, overheard.cause(), settings)) from error
 
     async def _start(self, factory: Any) -> Any:
         llm = factory.from_vllm_config(self._config, disable_log_stats=False)
@@ -190,11 +270,14 @@ class VllmEngine:
         for (live, output), pair in zip(taken, told, strict=True):
             live.n_tokens.append(len(output.new_token_ids))
             live.told.append(pair)
+            if getattr(output, "routed_experts", None) is not None:
+                live.experts.append(output.routed_experts)
             reason, error = _finish(output)
-            detail = None
+            detail, experts = None, None
             if reason is not None:
                 del self._live[live.request_id]
                 detail = self._detail(live, output)
+                experts = routed_experts(live.experts)
             self._events.append(
                 Step(
                     live.request_id,
@@ -203,6 +286,7 @@ class VllmEngine:
                     finish_reason=reason,
                     error=error,
                     detail=detail,
+                    routed_experts=experts,
                 )
             )
         if self._events:
@@ -309,6 +393,21 @@ class VllmEngine:
         if handler is not None and handler.done() and self._death is None:
             self._death = "vLLM's output handler ended: see its own log, above"
 
+    def forget(self) -> None:
+        """Drop the cached prompts of the warm-up. vLLM offers no way to drop what SUFFIX has seen;
+        no other algorithm keeps anything of a request that ended."""
+        if not self._settings.prefix_cache:
+            return
+        try:
+            done = self._run(self._llm.reset_prefix_cache())
+        except Exception as error:
+            raise EngineDiedError(self._death or _first_line(error)) from error
+        if done is False:
+            raise UserError(
+                "vLLM did not drop the prefix cache that the warm-up filled: use --warmup 0, or "
+                "leave --prefix_cache out"
+            )
+
     def counters(self) -> EngineCounters | None:
         if self._k == 0:
             return None
@@ -379,6 +478,11 @@ class VllmEngine:
             if spec.method == "ngram":
                 settings["ngram_min"] = spec.prompt_lookup_min
                 settings["ngram_max"] = spec.prompt_lookup_max
+            if spec.method == "suffix":
+                for name in SUFFIX_OPTIONS:
+                    settings[name] = getattr(spec, name, None)
+            if getattr(spec, "parallel_drafting", False):
+                settings["parallel_drafting"] = True
             for name in ("draft_sample_method", "rejection_sample_method"):
                 if (value := getattr(spec, name, None)) is not None:
                     settings[name] = str(value)
@@ -423,22 +527,37 @@ class VllmEngine:
 # ---------------------------------------------------------------- pure parts
 
 
+def _interface(version: str, engine_args: Any) -> Interface:
+    """What the imported vLLM takes."""
+    try:
+        from vllm.config import speculative
+
+        keys = {f.name for f in dataclasses.fields(speculative.SpeculativeConfig)}
+        methods = get_args(speculative.SpeculativeMethod)
+    except (ImportError, AttributeError, TypeError):  # moved: vLLM itself will refuse
+        keys, methods = set(), ()
+    names = {f.name for f in dataclasses.fields(engine_args)}
+    return Interface(version, frozenset(names), frozenset(keys), frozenset(methods))
+
+
 def engine_arguments(
-    settings: EngineSettings, names: set[str]
+    settings: EngineSettings, interface: Interface
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """AsyncEngineArgs for these settings, and our defaults that this version lacks.
 
-    names: the argument names the installed vLLM knows. Raises UserError for any other of the
-    user's, and for one that the measurement itself must set.
+    Raises UserError for any argument of the user's that this version does not know, and for one
+    that the measurement itself must set.
     """
-    user = dict(settings.engine_args)
+    user, names = dict(settings.engine_args), interface.arguments
     for name in user:
         if name in OURS:
             raise UserError(
                 f"engine_args sets '{name}', which speedbench sets itself: {OURS[name]}"
             )
         if name not in names:
-            raise UserError(f"vLLM has no engine argument '{name}'{_like(name, names)}")
+            raise UserError(
+                f"vLLM {interface.version} has no engine argument '{name}'{_like(name, names)}"
+            )
     _refuse_flags_without_effect(settings)
     speculative = user.pop("speculative_config", {})
     if not isinstance(speculative, dict):
@@ -459,9 +578,11 @@ def engine_arguments(
     }
     if settings.max_seq_len is not None:
         arguments["max_model_len"] = settings.max_seq_len
+    if settings.capture_experts:
+        arguments["enable_return_routed_experts"] = True
     unused = []
     if settings.algorithm != "NONE":
-        arguments["speculative_config"] = _speculative_config(settings, speculative)
+        arguments["speculative_config"] = _speculative_config(settings, speculative, interface)
         if "per_request_spec_decode_metrics" in names:
             arguments["per_request_spec_decode_metrics"] = "detailed"
         else:
@@ -483,27 +604,81 @@ def _refuse_flags_without_effect(settings: EngineSettings) -> None:
             f"vLLM spreads experts over all tp x dp = {n_ranks} ranks or none, --ep_size is "
             f"{settings.ep_size}: use 1 or {n_ranks}"
         )
+    if settings.draft_sample_method is not None and settings.algorithm not in SAMPLES_DRAFTS:
+        raise UserError(
+            f"vLLM has no --draft_sample_method for {settings.algorithm}, only for "
+            f"{', '.join(SAMPLES_DRAFTS)}: leave it out"
+        )
 
 
-def _speculative_config(settings: EngineSettings, extra: Mapping[str, Any]) -> dict[str, Any]:
+def _speculative_config(
+    settings: EngineSettings, extra: Mapping[str, Any], interface: Interface
+) -> dict[str, Any]:
+    """The speculative_config of an algorithm. Raises UserError for what this version lacks."""
+    algorithm = settings.algorithm
+    config = _algorithm_config(settings)
     flags = {
         "method": "--speculative_algorithm",
         "model": "--draft_model_dir",
         "num_speculative_tokens": "--draft_length",
+        "draft_sample_method": "--draft_sample_method",
     }
-    for name, flag in flags.items():
-        if name in extra:
-            raise UserError(f"speculative_config sets '{name}': use {flag}")
-    if settings.algorithm == "DRAFT_TARGET":
+    if config["method"] == "draft_model":
+        flags["parallel_drafting"] = "--speculative_algorithm PARD or DRAFT_TARGET"
+    for name in extra:
+        if name in flags:
+            raise UserError(f"speculative_config sets '{name}': use {flags[name]}")
+    if interface.methods and config["method"] not in interface.methods:
+        has = [name for name, method in METHODS.items() if method in interface.methods]
+        raise UserError(
+            f"vLLM {interface.version} has no {algorithm}, it has {', '.join(has)}: choose one of "
+            "these, or another version"
+        )
+    known = interface.speculative
+    for name in {**config, **extra} if known else ():
+        if name not in known:
+            raise UserError(
+                f"vLLM {interface.version} has no speculative_config '{name}'{_like(name, known)}"
+            )
+    if algorithm == "DRAFT_TARGET":
         _refuse_other_vocabulary(settings)
+    if algorithm in ("PARD", "DFLASH"):
+        _refuse_without_mask_token(settings)
+    return {**config, **extra}
+
+
+def _algorithm_config(settings: EngineSettings) -> dict[str, Any]:
     config: dict[str, Any] = {
         "method": METHODS[settings.algorithm],
         "num_speculative_tokens": settings.draft_length,
-        **extra,
     }
+    if settings.algorithm == "PARD":
+        config["parallel_drafting"] = True
+    if settings.draft_sample_method is not None:
+        config["draft_sample_method"] = settings.draft_sample_method
     if settings.draft_model_dir is not None:
         config["model"] = settings.draft_model_dir
     return config
+
+
+def _refuse_without_mask_token(settings: EngineSettings) -> None:
+    """A drafter that fills all positions at once needs a token for the open ones (checked for
+    local folders)."""
+    config = _read_config(settings.draft_model_dir or "")
+    if config is None:
+        return
+    nested = config.get("dflash_config")
+    nested = nested if isinstance(nested, dict) else {}
+    if not any(config.get(key) is not None for key in MASK_TOKEN_KEYS) and (
+        nested.get("mask_token_id") is None
+    ):
+        raise UserError(
+            f"{settings.draft_model_dir}/config.json names no mask token, which "
+            f"{settings.algorithm} puts at positions not drafted yet: expected "
+            f"{' or '.join(MASK_TOKEN_KEYS[:3])}"
+            f"{' or dflash_config.mask_token_id' if settings.algorithm == 'DFLASH' else ''}; "
+            "use a checkpoint trained for it"
+        )
 
 
 def _refuse_other_vocabulary(settings: EngineSettings) -> None:
@@ -517,12 +692,35 @@ def _refuse_other_vocabulary(settings: EngineSettings) -> None:
 
 
 def _vocab_size(folder: str) -> int | None:
+    config = _read_config(folder)
+    try:
+        size = (config or {}).get("vocab_size") or (config or {}).get("text_config", {}).get(
+            "vocab_size"
+        )
+        return int(size) if size is not None else None
+    except (ValueError, AttributeError, TypeError):
+        return None
+
+
+def _read_config(folder: str) -> dict[str, Any] | None:
+    """config.json of a local checkpoint; None where there is none to be read."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-        return int(size) if size is not None else None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return None
+    return config if isinstance(config, dict) else None
+
+
+def routed_experts(chunks: Sequence[Any]) -> RoutedExperts | None:
+    """The rows of one request, which vLLM sends whole when it ends or step by step: each chunk is
+    (tokens, layers, top k)."""
+    if not chunks:
+        return None
+    import numpy as np
+
+    rows = np.concatenate(chunks)
+    n_tokens, n_layers, top_k = rows.shape
+    return RoutedExperts(n_tokens, n_layers, top_k, rows.astype("<i2").tobytes())
 
 
 def align(
@@ -585,12 +783,34 @@ def _finish(output: Any) -> tuple[FinishReason | None, str | None]:
     return "error", f"vLLM ended the request: {name}"
 
 
-def _use_little_memory_on_cpu(arguments: Mapping[str, Any]) -> None:
+@contextlib.contextmanager
+def _bounded_memory_on_cpu(arguments: Mapping[str, Any]) -> Iterator[None]:
     """On a CPU vLLM asks for nearly all memory as KV cache: bound it unless the user did."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() and "kv_cache_memory_bytes" not in arguments:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    asked, set_by_user = arguments.get("kv_cache_memory_bytes"), os.environ.get(CPU_KV_CACHE)
+    if not current_platform.is_cpu() or (asked is None) != (set_by_user is None):
+        yield
+        return
+    if asked is not None:
+        raise UserError(
+            f"{CPU_KV_CACHE}={set_by_user} is set and vLLM lets it override "
+            f"kv_cache_memory_bytes={asked}: unset one of them"
+        )
+    os.environ[CPU_KV_CACHE] = "2"
+    try:
+        yield
+    finally:
+        del os.environ[CPU_KV_CACHE]
+
+
+def _serve_node(arguments: Any) -> NoReturn:
+    """On a further node: vLLM's workers alone, until this process is ended."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    config = arguments.create_engine_config(headless=True)
+    MultiprocExecutor(config, monitor_workers=False).start_worker_monitor(inline=True)
+    os._exit(0)
 
 
 def _attention_backend(config: Any) -> str:
@@ -612,24 +832,74 @@ def _attention_backend(config: Any) -> str:
         return "auto"
 
 
-def _why_no_start(error: Exception) -> str:
+def why_no_start(error: Exception, cause: str | None, settings: EngineSettings) -> str:
+    """One sentence: what vLLM says, and what to do where that is known.
+
+    cause  what a process of vLLM wrote before it ended; the error then only points to it
+    """
     if isinstance(error, UserError):
         return str(error)
     message = _first_line(error)
-    if "root cause above" in str(error):
-        message += " (its own log, above, names the cause)"
-    return f"vLLM did not start: {message}"
+    if "root cause" in str(error).lower():
+        killed = re.search(r"': (-\d+)", str(error))
+        if killed:
+            message = f"a process of it was killed by signal {killed[1][1:]}"
+        elif cause is not None:
+            message = cause
+        else:
+            message += " (its own log, above, names the cause)"
+    remedy = _remedy(message, settings)
+    if len(message) > MESSAGE_CHARS:
+        message = f"{message[:MESSAGE_CHARS]}..."
+    return f"vLLM did not start: {message.rstrip('. ')}{remedy}"
+
+
+MESSAGE_CHARS = 300
+"""Of a message of vLLM's that lists all it knows, so much is repeated."""
+
+
+REMEDIES: Sequence[tuple[str, str]] = (
+    (
+        r"kv cache|cache blocks|free memory on device|gpu_memory_utilization",
+        "lower --max_seq_len or --concurrency, or give it more memory (engine_args "
+        "gpu_memory_utilization, or VLLM_CPU_KVCACHE_SPACE in GiB on a CPU)",
+    ),
+    (
+        r"out of memory|outofmemory|cannot allocate|signal 9$",
+        "it needs more memory: lower --max_seq_len or --concurrency, or raise --tp_size",
+    ),
+    (r"auxoutput|routed.experts|Model Runner V2", "leave --capture_experts out, or use a GPU"),
+)
+"""What a start-up message contains -> what to do."""
+
+UNFIT_DRAFT = re.compile(
+    r"shape|size mismatch|sizes? of tensor|parameter named|weights|aux hidden|vocab", re.IGNORECASE
+)
+
+
+def _remedy(message: str, settings: EngineSettings) -> str:
+    for pattern, remedy in REMEDIES:
+        if re.search(pattern, message, re.IGNORECASE):
+            return f": {remedy}"
+    if settings.draft_model_dir is not None and UNFIT_DRAFT.search(message):
+        return (
+            f": check that the draft checkpoint {settings.draft_model_dir} is made for "
+            f"{settings.algorithm} with {settings.model_dir}"
+        )
+    return ""
 
 
 def _first_line(error: Exception) -> str:
-    """The informative first line of an exception; pydantic puts it third."""
+    """The informative line of an exception; pydantic puts it third, below the field's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in lines:
         if line.startswith("Value error, "):
             return line.removeprefix("Value error, ").split(" [type=")[0]
+    if len(lines) > 2 and re.match(r"\d+ validation errors? for ", lines[0]):
+        return f"{lines[1]}: {lines[2].split(' [type=')[0]}"
     return lines[0] if lines else type(error).__name__
 
 
-def _like(name: str, known: set[str]) -> str:
+def _like(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, 3)
     return f": did you mean {' or '.join(close)}?" if close else ": see its documentation"

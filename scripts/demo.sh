@@ -22,6 +22,8 @@ engine_args:
 YAML
 export VLLM_LOGGING_LEVEL=ERROR VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=2
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
+# Threads pinned to cores that others use, too, make a 10 ms step last 100 ms.
+export VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 arm() { # arm PAIR DATASET ALGORITHM NAME
     local draft=()

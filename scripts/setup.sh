@@ -6,6 +6,7 @@
 setup() {
     local venv=$1 python stamp want lock
     shift
+    local PATH="$(pwd)/$venv/bin:$PATH" # what is built here finds cmake and ninja of the lock file
     python=$(command -v python3.11 || command -v python3)
     want=$(cat "$@" setup.cfg | sha256sum | cut -d' ' -f1)
     stamp=$venv/installed
@@ -17,9 +18,11 @@ setup() {
     for lock in "$@"; do
         # Everything is pinned and nothing is resolved, so no CUDA build can come along. PyTorch's
         # CPU build is not on PyPI: its own index is asked last.
-        "$venv/bin/python" -m pip install --quiet --no-deps -r "$lock" 2>"$venv/pip.log" ||
+        "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -r "$lock" \
+            2>"$venv/pip.log" ||
             PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL:-} ${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" \
-                "$venv/bin/python" -m pip install --quiet --no-deps -r "$lock" || {
+                "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation \
+                -r "$lock" || {
             cat "$venv/pip.log" >&2
             echo "the packages of $lock could not be installed: see pip's message above" >&2
             return 2

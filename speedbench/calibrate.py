@@ -75,6 +75,7 @@ def case_of(run: store.Run, stop_ids: Sequence[int]) -> Case:
         stop_ids=() if config["ignore_eos"] else tuple(stop_ids),
         ngram_min=int(engine["settings"].get("ngram_min", 1)),
         ngram_max=int(engine["settings"].get("ngram_max", 1)),
+        shared_lookup=engine["settings"].get("suffix_decoding_max_cached_requests", 0) != 0,
     )
 
 
@@ -95,10 +96,26 @@ def judge(run: store.Run, prepared: session.Prepared, case: Case | None = None) 
         return outcome
     if config["speculative_algorithm"] != "DRAFT_TARGET":
         raise UserError("sampled known answers exist for DRAFT_TARGET only")
-    chances = closed_form.acceptance_probabilities(
-        target, Path(config["draft_model_dir"]), config["temperature"]
+    draft, temperature = Path(config["draft_model_dir"]), float(config["temperature"])
+    told = run.manifest["engine"]["settings"]
+    is_sampled = told.get("draft_sample_method") == "probabilistic"
+    if is_sampled:
+        # transformers applies the temperature to its draft model twice.
+        squared = told.get("draft_temperature") == "temperature squared"
+        chances = closed_form.overlap_probabilities(
+            target, draft, temperature, temperature**2 if squared else temperature
+        )
+    else:
+        chances = closed_form.acceptance_probabilities(target, draft, temperature)
+    return verdict.judge_sampled(
+        found,
+        known,
+        chances,
+        case.draft_length,
+        SAMPLED_LEVEL,
+        asked,
+        drafts_are_sampled=is_sampled,
     )
-    return verdict.judge_sampled(found, known, chances, case.draft_length, SAMPLED_LEVEL, asked)
 
 
 def _known(config: Mapping[str, Any]) -> closed_form.KnownAnswer:
@@ -147,6 +164,8 @@ def known_answer(directory: Path, prepared: session.Prepared) -> dict[str, Any] 
     for request in observed_requests(run, prepared):
         by_category.setdefault(request.category, []).append(case.steps(known, request.prompt_ids))
     lengths = {name: closed_form.expected_al(steps) for name, steps in by_category.items()}
+    if run.manifest["engine"].get("fits_drafts"):
+        lengths = {}  # of steps that were cut short, so no acceptance length at K
     told = [al for al in lengths.values() if al is not None]
     return {
         "ok": outcome.ok,
@@ -194,6 +213,8 @@ SUBJECTS = (
     Subject("SUFFIX", "SUFFIX", "word/target"),
     Subject("routed experts", "NONE", "word/moe", capture_experts=True),
 )
+SAMPLED = Subject("DRAFT_TARGET sampled", "DRAFT_TARGET", "word/target", "word/draft")
+"""At temperature 1; an engine start of its own, for some are started otherwise to sample."""
 NATURAL = {
     "NONE": Subject("NONE natural", "NONE", "bpe/target"),
     "NGRAM": Subject("NGRAM natural", "NGRAM", "bpe/target"),
@@ -230,18 +251,15 @@ def engine_cases(
         for n in concurrencies
         for length in output_lengths
     )
-    sampled = ((max(concurrencies), max(output_lengths), None, 1.0),)
     for subject in SUBJECTS:
         if subject.algorithm not in algorithms:
             continue
         is_plain = subject.algorithm == "NONE"
         for k in draft_lengths[-1:] if is_plain else draft_lengths:
-            cells = grid
-            if subject.algorithm == "DRAFT_TARGET" and k == draft_lengths[-1]:
-                cells = grid + sampled
-            if subject.capture_experts:
-                cells = grid[-1:]
-            yield EngineCase(subject, k, cells)
+            yield EngineCase(subject, k, grid[-1:] if subject.capture_experts else grid)
+    if "DRAFT_TARGET" in algorithms:
+        cell = (max(concurrencies), max(output_lengths), None, 1.0)
+        yield EngineCase(SAMPLED, draft_lengths[-1], (cell,))
     for name in reversed(NATURAL):
         if name in algorithms:
             cell = (min(8, max(concurrencies)), max(output_lengths), None, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,10 @@ import numpy as np
 
 from speedbench import metrics
 from speedbench.columns import Columns, Ints
-from speedbench.store import Run, expected_conversations
+from speedbench.store import FAILED, Run, expected_conversations, load_experts
+
+LOOKUP = ("NGRAM", "SUFFIX")
+"""Algorithms that draft what was found, fewer than K tokens or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ def all_checks(run: Run) -> Iterator[Check]:
     yield from _steps(run)
     yield from _counters(run)
     yield from _rates(run)
+    yield from _experts(run)
     yield from _closed_form(run)
 
 
@@ -82,17 +86,17 @@ def _completeness(run: Run) -> Iterator[Check]:
     if status == "running":
         yield _warning("the run was killed, or is still going on: only what was committed is here")
     elif status != "complete":
-        ends = [s.get("message") for s in manifest["sessions"] if s.get("message")]
-        yield _warning(f"the run is {status}" + (f": {ends[-1]}" if ends else ""))
+        ends = _messages(manifest["sessions"])
+        yield _warning(f"the run is {status}" + (f": {ends}" if ends else ""))
     if any(s.get("n_uncommitted") for s in manifest["sessions"]) and status != "complete":
         yield _warning(
             "conversations in flight at the end are missing, and they are the long ones: lengths "
             "and times below lean to short answers until --resume has measured them"
         )
-    if len(manifest["sessions"]) > 1:
+    if (n_sessions := len({s["session"] for s in manifest["sessions"]})) > 1:
         yield _note(
-            f"the run was resumed: {len(manifest['sessions'])} sessions; acceptance pools them, "
-            "throughput does not"
+            f"the run was resumed: {n_sessions} sessions; acceptance pools them, throughput does "
+            "not"
         )
     if n_failed := int(columns.failed.sum()):
         reasons = [e for e in run.turns.take(run.used)["error"].to_pylist() if e]
@@ -116,9 +120,31 @@ def _completeness(run: Run) -> Iterator[Check]:
         yield _warning(f"{missing - len(refused)} conversation(s) have not been measured yet")
 
 
+def _messages(sessions: Sequence[Mapping[str, Any]]) -> str:
+    """Why the last session ended, of each of its replicas that says so."""
+    last = max((s["session"] for s in sessions), default=0)
+    told = [(s.get("replica", 0), s["message"]) for s in sessions if s["session"] == last
+            and s.get("message")]  # fmt: skip
+    if not told:  # an earlier one's is better than none
+        told = [(s.get("replica", 0), s["message"]) for s in sessions if s.get("message")][-1:]
+    several = len({s.get("replica", 0) for s in sessions}) > 1
+    return "; ".join(f"replica {r}: {text}" if several else text for r, text in told)
+
+
+def counted(run: Run) -> metrics.Acceptance:
+    """The run's steps by length; the engine's habits at the end of a request taken into account."""
+    engine, config = run.manifest["engine"], run.manifest["config"]
+    k = int(engine["draft_length"])
+    cut_short = None
+    if engine.get("fits_drafts"):
+        lookup = config["speculative_algorithm"] in LOOKUP
+        cut_short = metrics.drafts_cut_short(run.columns, k, config["output_length"], lookup)
+    return metrics.acceptance(run.columns, k, cut_short)
+
+
 def _steps(run: Run) -> Iterator[Check]:
     columns, k = run.columns, int(run.manifest["engine"]["draft_length"])
-    counts = metrics.acceptance(columns, k)
+    counts = counted(run)
     width = np.maximum(columns.n_tokens, columns.accepted + 1)
     too_long = int(((width > k + 1) & (columns.engine_steps == 1)).sum())
     if too_long:
@@ -322,9 +348,9 @@ def _outside(value: int, low: int, high: int) -> int:
 
 def _rates(run: Run) -> Iterator[Check]:
     k = int(run.manifest["engine"]["draft_length"])
-    counts = metrics.acceptance(run.columns, k)
+    counts = counted(run)
     # Where an n-gram miss looks like a rejected draft, a low first position is no fault.
-    lookup = run.manifest["config"]["speculative_algorithm"] in ("NGRAM", "SUFFIX")
+    lookup = run.manifest["config"]["speculative_algorithm"] in LOOKUP
     if lookup and not counts.told_apart:
         return
     shown = (counts.whole_verify if counts.told_apart else counts.whole).sum(axis=0)
@@ -343,6 +369,32 @@ def _rates(run: Run) -> Iterator[Check]:
     if k and counts.n_decode and counts.told_apart and counts.n_verify == 0:
         told = "speculation was asked for, but not one draft was checked"
         yield _warning(f"{told}: the lookup never hit") if lookup else _error(told)
+
+
+def _experts(run: Run) -> Iterator[Check]:
+    """Captured experts: of every request, for the prompt and all output tokens but the last."""
+    if not run.manifest["config"].get("capture_experts") or run.manifest.get("merged"):
+        return
+    captured = load_experts(run.directory)
+    turns = run.turns.take(run.used)
+    missing = wrong = 0
+    for name, reason, n_prompt, output in zip(
+        turns["request_id"].to_pylist(),
+        turns["finish_reason"].to_pylist(),
+        turns["n_prompt_tokens"].to_pylist(),
+        turns["output_token_ids"].to_pylist(),
+        strict=True,
+    ):
+        if reason in FAILED:
+            continue
+        experts = captured.get(name)
+        missing += experts is None
+        wrong += experts is not None and experts.n_tokens != n_prompt + len(output) - 1
+    if missing or wrong:
+        yield _error(
+            f"--capture_experts was asked for, but {missing} request(s) came without experts and "
+            f"{wrong} with those of another number of tokens than prompt + output - 1"
+        )
 
 
 def _closed_form(run: Run) -> Iterator[Check]:

@@ -19,6 +19,8 @@ class Columns:
     conversation  (R,) index into `conversation_ids`; one conversation appears once
     category      (C,) index into `categories`, of each conversation
     failed        (C,) some turn of the conversation ended in an error or was refused
+    session       (R,) which start of the run asked it; clocks compare only within one
+    replica       (R,) which of the engines that measured side by side asked it
     finished      (R,) the request ended by a stop token or its length limit
     request       (S,) index of the step's request, non-decreasing
     step          (S,) 0 is the request's first event, the prefill
@@ -33,6 +35,7 @@ class Columns:
     failed: Bools
     conversation: Ints
     session: Ints
+    replica: Ints
     turn: Ints
     n_prompt_tokens: Ints
     submitted_ns: Ints

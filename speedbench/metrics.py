@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,26 @@ def step_lengths(columns: Columns, kinds: Ints, draft_length: int) -> tuple[Ints
     length = np.where(told, columns.accepted + 1, columns.n_tokens)
     could_be_cut = ((kinds == VERIFY) | (kinds == DECODE)) & ~told
     return length, could_be_cut & columns.is_last() & (room_left(columns, draft_length) > 0)
+
+
+def drafts_cut_short(columns: Columns, draft_length: int, max_tokens: int, lookup: bool) -> Bools:
+    """(S,) last steps whose draft was made shorter because the request was about to end.
+
+    For engines that draft no more than a request may still show, or up to a stop token: the
+    drafter was right as far as it was asked, and what it would have said further is not known.
+    With lookup (n-gram drafters, which draft less for other reasons) only the plain step for the
+    last token before `max_tokens` is such a step.
+    """
+    told = (columns.drafted >= 0) & (columns.drafted < draft_length)
+    right: Bools = (
+        told & (columns.accepted == columns.drafted) & (columns.step > 0) & columns.is_last()
+    )
+    if not lookup:
+        return right
+    total = np.bincount(columns.request, columns.n_tokens, columns.n_requests)
+    at_limit = total[columns.request] == max_tokens
+    right &= (columns.drafted == 0) & (columns.n_tokens == 1) & at_limit
+    return right
 
 
 def room_left(columns: Columns, draft_length: int) -> Ints:
@@ -155,10 +176,16 @@ class Acceptance:
         return self.n_verify + self.n_plain == self.n_decode
 
 
-def acceptance(columns: Columns, draft_length: int) -> Acceptance:
-    """Count the steps of every conversation that did not fail."""
+def acceptance(columns: Columns, draft_length: int, cut_short: Bools | None = None) -> Acceptance:
+    """Count the steps of every conversation that did not fail.
+
+    cut_short: (S,) steps of `drafts_cut_short`, right-censored at what they show.
+    """
     kinds = step_kinds(columns, draft_length)
     length, censored = step_lengths(columns, kinds, draft_length)
+    if cut_short is not None:
+        length = np.where(cut_short, columns.n_tokens, length)
+        censored = censored | cut_short
     conversation = columns.conversation[columns.request]
     measured = ~columns.failed
     code = np.cumsum(measured) - 1  # conversation -> C'
@@ -330,34 +357,64 @@ class Window:
         return self.n_tokens / self.duration_s
 
 
-def whole_window(columns: Columns, session: int, started_ns: int, ended_ns: int) -> Window:
-    """All tokens of one session over its wall time."""
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When one replica measured, in its own clock; `zero_ns` is a moment that all share.
+
+    Times of several replicas compare once each has its `zero_ns` taken off; replicas on one clock
+    all have the same (0, say).
+    """
+
+    replica: int
+    started_ns: int
+    ended_ns: int
+    zero_ns: int = 0
+
+
+def whole_window(columns: Columns, session: int, spans: Sequence[Span]) -> Window:
+    """All tokens of a session, from its replicas' first start to their last end."""
     mine = columns.session[columns.request] == session
+    started_ns = min(span.started_ns - span.zero_ns for span in spans)
+    ended_ns = max(span.ended_ns - span.zero_ns for span in spans)
     return Window(int(columns.n_tokens[mine].sum()), (ended_ns - started_ns) / 1e9)
 
 
-def steady_window(columns: Columns, session: int, concurrency: int) -> Window | None:
-    """Tokens from the moment all slots are filled until the queue is empty; None without such.
+def steady_window(
+    columns: Columns, session: int, spans: Sequence[Span], concurrency: int
+) -> Window | None:
+    """Tokens from the moment all slots of all replicas are filled until the first replica's queue
+    is empty; None without such.
 
-    Slots are filled when the concurrency-th conversation is submitted; the queue is empty when
-    the last one is.
+    A replica's slots are filled when its concurrency-th conversation is submitted; its queue is
+    empty when its last one is.
     """
-    starts = np.sort(
-        columns.submitted_ns[
-            (columns.session == session) & (columns.turn == 0) & (columns.submitted_ns >= 0)
-        ]
-    )
-    if len(starts) <= concurrency:
-        return None
-    filled_ns, empty_ns = starts[concurrency - 1], starts[-1]
+    filled, empty = [], []
+    for span in spans:
+        starts = np.sort(
+            columns.submitted_ns[
+                (columns.session == session)
+                & (columns.replica == span.replica)
+                & (columns.turn == 0)
+                & (columns.submitted_ns >= 0)
+            ]
+        )
+        if len(starts) <= concurrency:
+            return None
+        filled.append(int(starts[concurrency - 1]) - span.zero_ns)
+        empty.append(int(starts[-1]) - span.zero_ns)
+    filled_ns, empty_ns = max(filled), min(empty)
     if empty_ns <= filled_ns:
         return None
-    inside = (
-        (columns.session[columns.request] == session)
-        & (columns.time_ns > filled_ns)
-        & (columns.time_ns <= empty_ns)
-    )
-    return Window(int(columns.n_tokens[inside].sum()), float(empty_ns - filled_ns) / 1e9)
+    n_tokens = 0
+    for span in spans:
+        inside = (
+            (columns.session[columns.request] == session)
+            & (columns.replica[columns.request] == span.replica)
+            & (columns.time_ns > filled_ns + span.zero_ns)
+            & (columns.time_ns <= empty_ns + span.zero_ns)
+        )
+        n_tokens += int(columns.n_tokens[inside].sum())
+    return Window(n_tokens, (empty_ns - filled_ns) / 1e9)
 
 
 QUANTILES = (25, 50, 75, 90, 95, 99)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +18,12 @@ from typing import Any
 from speedbench import datasets, environment, prompts, store
 from speedbench.config import RunConfig
 from speedbench.loop import Loop, LoopEnd
+from speedbench.replicas import ALONE, AgreedError, Replicas
 from speedbench.types import (
     Conversation,
     ConversationRecord,
     Engine,
+    EngineCounters,
     EngineInfo,
     Prompt,
     PromptRefusedError,
@@ -38,9 +42,11 @@ WARMUP_TOKENS = 32
 class Prepared:
     """A run's input, complete before any engine starts.
 
+    rows         what is to be asked: the configured share of the selected rows
     prompts      (conversation id, turn) -> prompt, of all first turns, and of all turns where
-                 the history is frozen
+                 the history is frozen; of the other shares' rows, too
     fingerprint  sha256 over those
+    n_selected   category -> rows selected, of which `rows` are a share
     """
 
     dataset: datasets.Dataset
@@ -50,6 +56,7 @@ class Prepared:
     fingerprint: str
     all_turns: bool
     stop_token_ids: tuple[int, ...] = ()
+    n_selected: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def expected(self) -> Counter[str]:
@@ -90,14 +97,20 @@ def prepare(config: RunConfig) -> Prepared:
     hashed = {
         key: Prompt(ids, prompts.turn_sha256(key[0], key[1], ids)) for key, ids in encoded.items()
     }
+    share = rows[config.share]
+    if not share:
+        raise UserError(
+            f"--shard {config.shard} of {len(rows)} rows is empty: use at most {len(rows)} shards"
+        )
     return Prepared(
         dataset,
-        rows,
+        share,
         encoder,
         hashed,
         prompts.fingerprint({key: prompt.sha256 for key, prompt in hashed.items()}),
         config.history == "frozen" or all(row.n_turns == 1 for row in rows),
         encoder.eos_token_ids if encoder else (),
+        Counter(row.category for row in rows),
     )
 
 
@@ -180,7 +193,8 @@ class Target:
 
     @property
     def session(self) -> int:
-        return len(self.manifest.get("sessions", []))
+        """The number of the session to come."""
+        return 1 + max((s["session"] for s in self.manifest.get("sessions", [])), default=-1)
 
     def is_complete(self, prepared: Prepared) -> bool:
         """Whether a stored run holds all that it can: every row committed, or refused."""
@@ -214,87 +228,281 @@ class Outcome:
     n_failed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process measures: for the manifest, so that times can be told comparable.
+
+    n_cpus_given, n_cpus  CPUs its launcher bound it to, and those it used
+    devices               its GPUs where they were shared out among replicas
+    """
+
+    launcher: str = ""
+    n_cpus_given: int | None = None
+    n_cpus: int | None = None
+    devices: str | None = None
+
+
 def measure(
     config: RunConfig,
     prepared: Prepared,
-    engine: Engine,
+    engine: Engine | None,
     target: Target,
     *,
     argv: Sequence[str] = (),
     stop: Callable[[], str | None] = lambda: None,
     progress: Progress | None = None,
+    replicas: Replicas = ALONE,
+    place: Place | None = None,
+    fault: str = "",
 ) -> Outcome:
     """Measure what is not yet committed, into the target's directory.
 
     `stop` is asked between steps and returns why to stop. Raises UserError if nothing can be
-    measured or nothing more can be stored; what was committed stays.
+    measured or nothing more can be stored; what was committed stays. Among replicas each measures
+    every size-th row, and the outcome is of them all; one whose engine did not start (`engine` is
+    None, `fault` says why) takes part without measuring.
     """
-    info = engine.describe()
-    _same_engine(info, target)
-    sampling = config.sampling(prepared.stop_token_ids)
-    rows, refused = _within_limit(config, prepared, info)
+    infos = replicas.exchange(replicas.agree(lambda: None if engine is None else engine.describe()))
+    info = _one_engine(infos)
+    replicas.agree(lambda: _same_engine(info, target))
+    rows, refused = replicas.agree(lambda: _within_limit(config, prepared, info))
     rows = [row for row in rows if row.id not in target.done]
+    rows = rows[replicas.rank :: replicas.size]
     clock: Callable[[], int] = getattr(engine, "now_ns", time.monotonic_ns)
-    if not target.manifest:
-        store.create(target.directory)
-    with store.locked(target.directory):
-        _refuse_changed(target)
-        manifest = _manifest(config, prepared, info, refused, target, argv)
-        session: dict[str, Any] = {
-            "session": target.session,
-            "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "started_ns": clock(),
-            "ended_ns": None,
-            "argv": environment.redact_argv(argv),
-        }
-        manifest["sessions"].append(session)
-        store.write_manifest(target.directory, manifest)
-        _warm_up(config, prepared, engine, sampling, clock, stop)
+    machine = _one_machine(config, argv, replicas, place or Place())
+    entry = _entry(engine, target, replicas, place or Place(), argv, clock)
+    entries = replicas.exchange({**entry, "concurrency": config.concurrency})  # of each replica
+    with contextlib.ExitStack() as held:
+
+        def begin() -> dict[str, Any] | None:
+            if not replicas.is_first:
+                return None
+            if not target.manifest:
+                store.create(target.directory)
+            held.enter_context(store.locked(target.directory))
+            _refuse_changed(target)
+            made = _manifest(config, prepared, info, refused, target, machine)
+            made["sessions"].extend(entries)
+            store.write_manifest(target.directory, made)
+            return made
+
+        manifest = replicas.agree(begin)
+        if not replicas.is_first:
+            lock = store.locked(target.directory, replicas.rank)
+        replicas.agree(lambda: None if replicas.is_first else held.enter_context(lock))
+        share = _Share(config, prepared, info, target, replicas, rows, clock, stop)
+        ended = share.measured(engine, fault, progress)
+        all_ended = replicas.exchange(ended)
+
+        def finish() -> None:
+            if manifest is not None:
+                for one_entry, one in zip(entries, all_ended, strict=True):
+                    one_entry.update(one.entry)
+                manifest["status"] = _status(all_ended)
+                store.write_manifest(target.directory, manifest)
+
+        replicas.agree(finish)
+    _raise_not_stored(all_ended)
+    return _outcome(all_ended)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """How one replica ended: its entry in the manifest, and why not all could be stored."""
+
+    end: LoopEnd
+    n_rows: int
+    n_committed: int
+    n_failed: int
+    entry: Mapping[str, Any]
+    not_stored: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What one replica measures."""
+
+    config: RunConfig
+    prepared: Prepared
+    info: EngineInfo
+    target: Target
+    replicas: Replicas
+    rows: Sequence[Conversation]
+    clock: Callable[[], int]
+    stop: Callable[[], str | None]
+
+    def measured(self, engine: Engine | None, fault: str, progress: Progress | None) -> _Ended:
+        """Measure it, once all replicas are warm."""
+        sampling = self.config.sampling(self.prepared.stop_token_ids)
+        if engine is not None:
+            _warm_up(self.config, self.prepared, engine, sampling, self.clock, self.stop)
+        self.replicas.meet()
+        met_ns = self.clock()
+        if engine is None:
+            message = f"the engine did not start: {fault}"
+            return self._ended(LoopEnd("engine died", message, met_ns, met_ns, 0, 0, 0), met_ns)
         before = engine.counters()
-        writer = store.Writer(target.directory, target.session)
+        writer = store.Writer(self.target.directory, self.target.session, self.replicas.rank)
         failed: list[str] = []
+        name = f"s{self.target.session}"
         loop = Loop(
             engine,
-            _prompt_source(config, prepared, info),
+            _prompt_source(self.config, self.prepared, self.info),
             sampling,
-            output_length=config.output_length,
-            concurrency=config.concurrency,
-            id_prefix=f"s{target.session}-",
+            output_length=self.config.output_length,
+            concurrency=self.config.concurrency,
+            id_prefix=f"{name}-" if self.replicas.size == 1 else f"{name}r{self.replicas.rank}-",
             commit=_noting_failures(writer, failed),
-            stop=_first_of(_deadline(config.max_duration), lambda: _broken(writer), stop),
-            clock=clock,
+            stop=_first_of(_deadline(self.config.max_duration), lambda: _broken(writer), self.stop),
+            clock=self.clock,
         )
         if progress is not None:
-            progress.n_rows, progress.loop = len(rows), loop
+            progress.n_rows, progress.loop = len(self.rows), loop
         try:
-            end = loop.run(rows)
+            end = loop.run(self.rows)
         except BaseException:  # ended at once by the user: keep what was committed
             with contextlib.suppress(UserError):
                 writer.close()
             raise
-        if end.reason == "engine died" and (why := stop()) is not None:
+        if end.reason == "engine died" and (why := self.stop()) is not None:
             # A terminal's Ctrl-C reaches the engine's processes, too.
             end = dataclasses.replace(end, reason="stopped", message=why)
+        not_stored = ""
         try:
             writer.close()
-        finally:
-            after = engine.counters()
-            session.update(
-                started_ns=end.started_ns,
-                ended_ns=end.ended_ns,
-                end=end.reason,
-                message=end.message,
-                n_uncommitted=end.n_uncommitted,
-                n_uncommitted_tokens=end.n_uncommitted_tokens,
-                n_stray_steps=end.n_stray_steps,
-                counters=None
-                if before is None or after is None
-                else dataclasses.asdict(after.since(before)),
-            )
-            ended_well = writer.failure is None and end.reason in STATUS
-            manifest["status"] = STATUS[end.reason] if ended_well else "failed"
-            store.write_manifest(target.directory, manifest)
-    return Outcome(end, len(rows), loop.n_done, len(failed))
+        except UserError as error:
+            not_stored = str(error)
+        counted = _counted(engine, before)
+        return self._ended(end, met_ns, counted, loop.n_done, len(failed), not_stored)
+
+    def _ended(
+        self,
+        end: LoopEnd,
+        met_ns: int,
+        counted: EngineCounters | None = None,
+        n_committed: int = 0,
+        n_failed: int = 0,
+        not_stored: str = "",
+    ) -> _Ended:
+        entry = {
+            "started_ns": end.started_ns,
+            "ended_ns": end.ended_ns,
+            "met_ns": met_ns if self.replicas.size > 1 else None,
+            "end": end.reason,
+            "message": end.message,
+            "n_uncommitted": end.n_uncommitted,
+            "n_uncommitted_tokens": end.n_uncommitted_tokens,
+            "n_stray_steps": end.n_stray_steps,
+            "counters": None if counted is None else dataclasses.asdict(counted),
+        }
+        return _Ended(end, len(self.rows), n_committed, n_failed, entry, not_stored)
+
+
+def _counted(engine: Engine, before: EngineCounters | None) -> EngineCounters | None:
+    try:
+        after = engine.counters()
+    except Exception:  # noqa: BLE001 - of a dead engine: what was measured must still be described
+        return None
+    return None if before is None or after is None else after.since(before)
+
+
+def _entry(
+    engine: Engine | None,
+    target: Target,
+    replicas: Replicas,
+    place: Place,
+    argv: Sequence[str],
+    clock: Callable[[], int],
+) -> dict[str, Any]:
+    """A replica's entry among the manifest's sessions, as it is before its end is known."""
+    own_clock = hasattr(engine, "now_ns")
+    return {
+        "session": target.session,
+        "replica": replicas.rank,
+        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started_ns": clock(),
+        "ended_ns": None,
+        "argv": environment.redact_argv(argv),
+        "hostname": os.uname().nodename,
+        "clock": f"simulated {uuid.uuid4()}" if own_clock else f"boot {_boot_id()}",
+        "n_cpus": place.n_cpus,
+        "devices": place.devices,
+    }
+
+
+def _boot_id() -> str:
+    """Which start of which machine: the monotonic clock is one within it. Never the same twice."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return f"unknown {uuid.uuid4()}"
+
+
+def _one_engine(infos: Sequence[EngineInfo | None]) -> EngineInfo:
+    """What all replicas' engines say of themselves. Raises UserError, on all, if they differ."""
+    known = {rank: info for rank, info in enumerate(infos) if info is not None}
+    (first, info), *others = known.items()
+    for rank, other in others:
+        for name, value in _plain(dataclasses.asdict(info)).items():
+            if (found := _plain(dataclasses.asdict(other))[name]) != value:
+                raise AgreedError(
+                    f"the engines differ: {name} is {value!r} in replica {first} and {found!r} in "
+                    f"replica {rank}; give every replica the same GPUs and installation"
+                )
+    return info
+
+
+def _one_machine(
+    config: RunConfig, argv: Sequence[str], replicas: Replicas, place: Place
+) -> Mapping[str, Any]:
+    """The environment of replica 0. Raises UserError, on all, if another's is not comparable."""
+    machine = replicas.agree(
+        lambda: environment.capture(argv, (config.model_dir, config.draft_model_dir))
+    )
+    identities = replicas.exchange({name: machine[name] for name in MACHINE})
+    for rank, identity in enumerate(identities):
+        for name in MACHINE:
+            if identity[name] != identities[0][name]:
+                raise AgreedError(
+                    f"the machines differ: {name} is {identities[0][name]!r} for replica 0 and "
+                    f"{identity[name]!r} for replica {rank}; their times are not one distribution"
+                )
+    launched = {
+        "launcher": place.launcher,
+        "n_cpus_given": place.n_cpus_given,
+        "n_cpus": place.n_cpus,
+    }
+    return {**machine, "launch": launched}
+
+
+def _status(all_ended: Sequence[_Ended]) -> str:
+    """Of the run: complete, partial, or failed, by its worst replica."""
+    found = {"failed" if one.not_stored else STATUS.get(one.end.reason, "failed")
+             for one in all_ended}  # fmt: skip
+    return next(status for status in ("failed", "partial", "complete") if status in found)
+
+
+def _raise_not_stored(all_ended: Sequence[_Ended]) -> None:
+    for rank, one in enumerate(all_ended):
+        if one.not_stored:
+            if len(all_ended) == 1:
+                raise UserError(one.not_stored)
+            raise AgreedError(f"replica {rank}: {one.not_stored}")
+
+
+def _outcome(all_ended: Sequence[_Ended]) -> Outcome:
+    """Of all replicas; the end is that of the first of those that fared worst."""
+    order = ("crashed", "engine died", "stopped", "finished")
+    rank = min(range(len(all_ended)), key=lambda r: order.index(all_ended[r].end.reason))
+    end = all_ended[rank].end
+    if len(all_ended) > 1 and end.message:
+        end = dataclasses.replace(end, message=f"replica {rank}: {end.message}")
+    return Outcome(
+        end,
+        sum(one.n_rows for one in all_ended),
+        sum(one.n_committed for one in all_ended),
+        sum(one.n_failed for one in all_ended),
+    )
 
 
 def _refuse_changed(target: Target) -> None:
@@ -322,10 +530,13 @@ def _same_engine(info: EngineInfo, target: Target) -> None:
             )
 
 
+MACHINE = ("cpu", "gpus", "checkpoints")
+"""What in the environment must be the same: times of two machines are not one distribution."""
+
+
 def _same_machine(machine: Mapping[str, Any], target: Target) -> None:
-    """Times of two machines, or of two checkpoints, are not one distribution."""
     was = target.manifest.get("environment", {})
-    for name in ("cpu", "gpus", "checkpoints"):
+    for name in MACHINE:
         if target.manifest and was.get(name) != machine[name]:
             raise UserError(
                 f"{target.directory} was measured with other {name} ({was.get(name)!r}) than are "
@@ -419,8 +630,8 @@ def _warm_up(
     clock: Callable[[], int],
     stop: Callable[[], str | None],
 ) -> None:
-    """Requests that are not measured: first prompts backwards, so that no cache or n-gram table
-    of the engine learns anything of use."""
+    """Requests that are not measured: first prompts backwards, and what the engine learned from
+    them is dropped, so that no cache or n-gram table holds anything of use."""
     firsts = [prepared.prompts[row.id, 0].token_ids for row in prepared.rows]
     rows = [
         Conversation(
@@ -431,7 +642,7 @@ def _warm_up(
     info = engine.describe()
     output_length = min(config.output_length, WARMUP_TOKENS)
     rows = [r for r in rows if not _unfit(Prompt(r.token_turns[0], ""), output_length, info)]
-    Loop(
+    end = Loop(
         engine,
         lambda row, turn, _replies: Prompt(row.token_turns[turn], ""),
         dataclasses.replace(sampling, stop_token_ids=()),
@@ -442,6 +653,8 @@ def _warm_up(
         stop=stop,
         clock=clock,
     ).run(rows)
+    if end.reason == "finished":
+        engine.forget()
 
 
 def _noting_failures(
@@ -483,9 +696,8 @@ def _manifest(
     info: EngineInfo,
     refused: Sequence[Mapping[str, Any]],
     target: Target,
-    argv: Sequence[str],
+    machine: Mapping[str, Any],
 ) -> dict[str, Any]:
-    machine = environment.capture(argv, (config.model_dir, config.draft_model_dir))
     _same_machine(machine, target)
     return {
         "format": store.FORMAT,
@@ -497,6 +709,7 @@ def _manifest(
             "path": prepared.dataset.path,
             "sha256": prepared.dataset.sha256,
             "expected": dict(sorted(prepared.expected.items())),
+            "selected": dict(sorted(prepared.n_selected.items())),
         },
         "prompts": {
             "fingerprint": prepared.fingerprint,

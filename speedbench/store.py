@@ -2,6 +2,8 @@
 
 Format history
   1  manifest.json, turns/NNNNN.parquet, steps/NNNNN.parquet
+  2  a `replica` in turns, steps and sessions (0 in format 1); replica R > 0 writes
+     NNNNN-rR.parquet; experts/ beside steps/, only where routed experts were asked for
 """
 
 from __future__ import annotations
@@ -17,22 +19,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from speedbench.columns import Columns, Ints
-from speedbench.types import UNKNOWN, ConversationRecord, TurnRecord, UserError
+from speedbench.types import UNKNOWN, ConversationRecord, RoutedExperts, TurnRecord, UserError
 
-FORMAT = 1
+FORMAT = 2
 FAILED = ("error", "refused")
 
 TURNS = pa.schema(
     [
         ("request_id", pa.string()),
         ("session", pa.int32()),
+        ("replica", pa.int32()),
         ("conversation_id", pa.string()),
         ("category", pa.string()),
         ("turn", pa.int32()),
@@ -48,6 +51,7 @@ STEPS = pa.schema(
     [
         ("request_id", pa.string()),
         ("session", pa.int32()),
+        ("replica", pa.int32()),
         ("turn", pa.int32()),
         ("step", pa.int32()),
         ("time_ns", pa.int64()),
@@ -57,6 +61,18 @@ STEPS = pa.schema(
         ("drafted", pa.int32()),
     ]
 )
+EXPERTS = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("session", pa.int32()),
+        ("replica", pa.int32()),
+        ("n_tokens", pa.int32()),
+        ("n_layers", pa.int32()),
+        ("top_k", pa.int32()),
+        ("expert_ids", pa.binary()),  # int16, little-endian: (n_tokens, n_layers, top_k)
+    ]
+)
+FOLDERS = ("turns", "steps", "experts")
 
 
 # ---------------------------------------------------------------- writing
@@ -74,9 +90,9 @@ def refuse_existing(directory: Path) -> None:
 
 def _holds_anything(directory: Path) -> bool:
     """Whether there is more than the empty skeleton of a run that ended before it began."""
-    skeleton = {"turns", "steps", ".lock"}
     return any(
-        path.name not in skeleton or (path.is_dir() and any(path.iterdir()))
+        (path.name not in FOLDERS and not path.name.startswith(".lock"))
+        or (path.is_dir() and any(path.iterdir()))
         for path in directory.iterdir()
     )
 
@@ -94,21 +110,34 @@ def create(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the directory for this process; released by the kernel however the process ends."""
-    with (directory / ".lock").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            owner = handle.read().strip() or "another process"
-            raise UserError(
-                f"{directory} is being written by {owner}: wait for it or choose another --save_dir"
-            ) from None
+def locked(directory: Path, replica: int = 0) -> Iterator[None]:
+    """Hold a replica's part of the directory; released by the kernel however the process ends.
+
+    Replica 0 holds the directory: it also makes sure that no other replica of an earlier start is
+    still writing.
+    """
+    name = ".lock" if replica == 0 else f".lock-r{replica}"
+    with (directory / name).open("a+") as handle:
+        _lock(handle, directory)
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {os.uname().nodename}")
         handle.flush()
+        if replica == 0:
+            for path in directory.glob(".lock-r*"):
+                with path.open("a+") as other:
+                    _lock(other, directory)
         yield
+
+
+def _lock(handle: IO[str], directory: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        owner = handle.read().strip() or "another process"
+        raise UserError(
+            f"{directory} is being written by {owner}: wait for it or choose another --save_dir"
+        ) from None
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
@@ -134,19 +163,21 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 class Writer:
-    """Writes committed conversations in a thread of its own, as numbered pairs of parts.
+    """Writes one replica's committed conversations in a thread of its own, as numbered parts.
 
     `commit` returns at once. A part is written about once a second at first, more rarely as the
-    run grows long (at most a minute's worth is at stake), steps before turns: a conversation
-    counts as stored when its turns part has its final name.
+    run grows long (at most a minute's worth is at stake), turns last: a conversation counts as
+    stored when its turns part has its final name.
     """
 
-    def __init__(self, directory: Path, session: int, interval_s: float | None = None) -> None:
+    def __init__(
+        self, directory: Path, session: int, replica: int = 0, interval_s: float | None = None
+    ) -> None:
         self._directory = directory
-        self._session = session
+        self._origin = _Origin(session, replica)
         self._interval_s = interval_s
         self._started_s = time.monotonic()
-        self._next_part = _last_part(directory) + 1
+        self._next_part = _last_part(directory, replica) + 1
         self._queue: queue.SimpleQueue[ConversationRecord | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._unwritten: list[ConversationRecord] = []
@@ -217,23 +248,63 @@ class Writer:
         return max(1.0, min(60.0, (time.monotonic() - self._started_s) / 60))
 
     def _write_part(self, records: Sequence[ConversationRecord]) -> None:
-        name = f"{self._next_part:05d}.parquet"
+        name = f"{self._next_part:05d}{_suffix(self._origin.replica)}.parquet"
         turns = [(record, turn) for record in records for turn in record.turns]
-        for folder, table in (
-            ("steps", _steps_table([turn for _, turn in turns], self._session)),
-            ("turns", _turns_table(turns, self._session)),
-        ):
+        tables = {
+            "experts": _experts_table([turn for _, turn in turns], self._origin),
+            "steps": _steps_table([turn for _, turn in turns], self._origin),
+            "turns": _turns_table(turns, self._origin),
+        }
+        for folder, table in tables.items():
+            if folder == "experts":
+                if not table.num_rows:
+                    continue
+                (self._directory / folder).mkdir(exist_ok=True)
             with _replacing(self._directory / folder / name) as path:
                 pq.write_table(table, path, compression="zstd")
         self._next_part += 1
 
 
-def _turns_table(turns: Sequence[tuple[ConversationRecord, TurnRecord]], session: int) -> pa.Table:
+class _Origin(NamedTuple):
+    """Which start of the run, and which replica in it, a record is of."""
+
+    session: int
+    replica: int
+
+
+def _suffix(replica: int) -> str:
+    """What tells the parts of replicas apart, so that each numbers its own."""
+    return f"-r{replica}" if replica else ""
+
+
+def _experts_table(turns: Sequence[TurnRecord], origin: _Origin) -> pa.Table:
     return pa.Table.from_pylist(
         [
             {
                 "request_id": turn.request_id,
-                "session": session,
+                "session": origin.session,
+                "replica": origin.replica,
+                "n_tokens": found.n_tokens,
+                "n_layers": found.n_layers,
+                "top_k": found.top_k,
+                "expert_ids": found.expert_ids,
+            }
+            for turn in turns
+            if turn.steps and (found := turn.steps[-1].routed_experts) is not None
+        ],
+        schema=EXPERTS,
+    )
+
+
+def _turns_table(
+    turns: Sequence[tuple[ConversationRecord, TurnRecord]], origin: _Origin
+) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "request_id": turn.request_id,
+                "session": origin.session,
+                "replica": origin.replica,
                 "conversation_id": record.conversation_id,
                 "category": record.category,
                 "turn": turn.turn,
@@ -250,12 +321,13 @@ def _turns_table(turns: Sequence[tuple[ConversationRecord, TurnRecord]], session
     )
 
 
-def _steps_table(turns: Sequence[TurnRecord], session: int) -> pa.Table:
+def _steps_table(turns: Sequence[TurnRecord], origin: _Origin) -> pa.Table:
     steps = [step for turn in turns for step in turn.steps]
     detail = [pair for turn in turns for pair in _acceptance(turn)]
     columns: dict[str, Any] = {
         "request_id": [turn.request_id for turn in turns for _ in turn.steps],
-        "session": np.full(len(steps), session, np.int32),
+        "session": np.full(len(steps), origin.session, np.int32),
+        "replica": np.full(len(steps), origin.replica, np.int32),
         "turn": [turn.turn for turn in turns for _ in turn.steps],
         "step": [index for turn in turns for index in range(len(turn.steps))],
         "time_ns": [step.time_ns for step in steps],
@@ -285,11 +357,11 @@ def _acceptance(turn: TurnRecord) -> Sequence[tuple[int, int]]:
     ]
 
 
-def _last_part(directory: Path) -> int:
-    """Number of the last complete part; a steps part without its turns part does not count."""
-    return max(
-        (int(path.stem) for path in (directory / "turns").glob("[0-9]*.parquet")), default=-1
-    )
+def _last_part(directory: Path, replica: int) -> int:
+    """Number of a replica's last complete part; one without its turns does not count."""
+    numbers = (path.stem.partition("-") for path in (directory / "turns").glob("[0-9]*.parquet"))
+    mine = _suffix(replica).lstrip("-")
+    return max((int(number) for number, _, owner in numbers if owner == mine), default=-1)
 
 
 # ---------------------------------------------------------------- reading
@@ -351,35 +423,123 @@ def read_manifest(directory: Path, name: str = "manifest.json") -> dict[str, Any
 
 def committed(directory: Path) -> dict[str, bool]:
     """Conversation id -> whether its last attempt needs no other, from the parts on disk."""
-    done: dict[str, bool] = {}
+    attempts: dict[str, dict[int, bool]] = {}
     parts, _ = _read_parts(directory, with_steps=False)
     for turns, _steps in parts:
-        attempt: dict[str, bool] = {}
-        for name, reason in zip(
-            turns["conversation_id"].to_pylist(), turns["finish_reason"].to_pylist(), strict=True
+        for name, session, reason in zip(
+            *(
+                turns[column].to_pylist()
+                for column in ("conversation_id", "session", "finish_reason")
+            ),
+            strict=True,
         ):
             # A refused later turn would be refused again; a failed request is tried again.
-            attempt[name] = attempt.get(name, True) and reason != "error"
-        done.update(attempt)
-    return done
+            of_name = attempts.setdefault(name, {})
+            of_name[session] = of_name.get(session, True) and reason != "error"
+    return {name: of_name[max(of_name)] for name, of_name in attempts.items()}
 
 
 def load(directory: Path | str) -> Run:
     """Read a run directory whole. Raises UserError if it is none; damage is told, not raised."""
     directory = Path(directory)
     manifest = read_manifest(directory)
-    parts, damage = _read_parts(directory, with_steps=True)
-    turns = pa.concat_tables([part[0] for part in parts]) if parts else TURNS.empty_table()
-    steps = pa.concat_tables([part[1] for part in parts]) if parts else STEPS.empty_table()
-    used, n_retried = _latest_attempts(turns)
-    return Run(
-        directory,
+    turns, steps, damage = _read_tables(directory)
+    return _assembled(directory, manifest, turns, steps, damage)
+
+
+def union(directories: Sequence[Path], manifest: Mapping[str, Any]) -> Run:
+    """Runs of several directories as one, described by `manifest`; whether they may be is asked
+    elsewhere. The replicas of each are numbered on from those of the one before."""
+    tables = []
+    n_replicas = 0
+    for number, directory in enumerate(directories):
+        turns, steps, damage = _read_tables(directory)
+        tables.append(
+            (
+                _renamed(turns, f"{number}:", n_replicas),
+                _renamed(steps, f"{number}:", n_replicas),
+                [f"{directory}: {sentence}" for sentence in damage],
+            )
+        )
+        n_replicas += n_replicas_of(read_manifest(directory))
+    return _assembled(
+        Path(" + ".join(map(str, directories))),
         manifest,
-        turns,
-        used,
-        _columns(turns.take(pa.array(used)), steps, manifest),
-        n_retried,
-        tuple(damage),
+        pa.concat_tables([turns for turns, _, _ in tables]),
+        pa.concat_tables([steps for _, steps, _ in tables]),
+        [sentence for _, _, damage in tables for sentence in damage],
+    )
+
+
+def n_replicas_of(manifest: Mapping[str, Any]) -> int:
+    """Most engines that measured side by side in any session of a run."""
+    return 1 + max((s.get("replica", 0) for s in manifest["sessions"]), default=0)
+
+
+def _renamed(table: pa.Table, prefix: str, first_replica: int) -> pa.Table:
+    """The same records under request ids and replica numbers that no other run has."""
+    names = pa.array([prefix + name for name in table["request_id"].to_pylist()], pa.string())
+    replicas = pa.array(table["replica"].to_numpy() + first_replica, pa.int32())
+    return table.set_column(
+        table.schema.get_field_index("request_id"), table.schema.field("request_id"), names
+    ).set_column(table.schema.get_field_index("replica"), table.schema.field("replica"), replicas)
+
+
+def _assembled(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    turns: pa.Table,
+    steps: pa.Table,
+    damage: Sequence[str],
+) -> Run:
+    used, n_retried = _latest_attempts(turns)
+    columns = _columns(turns.take(pa.array(used)), steps, manifest)
+    return Run(directory, manifest, turns, used, columns, n_retried, tuple(damage))
+
+
+def load_experts(directory: Path | str) -> dict[str, RoutedExperts]:
+    """Request id -> routed experts, of the requests that `load` uses and that have any. Raises
+    UserError if a part cannot be read."""
+    directory = Path(directory)
+    turns, _, _ = _read_tables(directory)
+    used, _ = _latest_attempts(turns)
+    wanted = set(turns.take(pa.array(used))["request_id"].to_pylist())
+    found: dict[str, RoutedExperts] = {}
+    for path in _parts_of(directory, "experts"):
+        try:
+            rows = pq.read_table(path, schema=EXPERTS).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{_unreadable(str(path), error)}: restore it from a copy") from None
+        for row in rows:
+            if row["request_id"] in wanted:
+                found[row["request_id"]] = RoutedExperts(
+                    row["n_tokens"], row["n_layers"], row["top_k"], row["expert_ids"]
+                )
+    return found
+
+
+def _parts_of(directory: Path, folder: str) -> list[Path]:
+    """The parts of a folder: by replica, and by number within one."""
+
+    def place(path: Path) -> tuple[str, str]:
+        number, _, owner = path.stem.partition("-")
+        return owner, number
+
+    return sorted((directory / folder).glob("[0-9]*.parquet"), key=place)
+
+
+def _unreadable(what: str, error: Exception) -> str:
+    first = (str(error).splitlines() or ["unreadable"])[0]
+    return f"{what} cannot be read ({first})"
+
+
+def _read_tables(directory: Path) -> tuple[pa.Table, pa.Table, list[str]]:
+    """All committed turns, their steps, and a sentence for each part that cannot be read."""
+    parts, damage = _read_parts(directory, with_steps=True)
+    return (
+        pa.concat_tables([turns for turns, _ in parts]) if parts else TURNS.empty_table(),
+        pa.concat_tables([steps for _, steps in parts]) if parts else STEPS.empty_table(),
+        damage,
     )
 
 
@@ -388,24 +548,30 @@ def _read_parts(
 ) -> tuple[list[tuple[pa.Table, pa.Table]], list[str]]:
     """The readable (turns, steps) pairs in order, and a sentence for each that is not."""
     parts, damage = [], []
-    for path in sorted((directory / "turns").glob("[0-9]*.parquet")):
+    for path in _parts_of(directory, "turns"):
         try:
-            turns = pq.read_table(path, schema=TURNS)
+            turns = _read(path, TURNS)
             steps_path = directory / "steps" / path.name
             if with_steps:
-                steps = pq.read_table(steps_path, schema=STEPS)
+                steps = _read(steps_path, STEPS)
             else:  # a truncated file has no footer, so reading that is proof enough
                 pq.read_metadata(steps_path)
                 steps = STEPS.empty_table()
         except (OSError, pa.ArrowException) as error:
-            first = (str(error).splitlines() or ["unreadable"])[0]
             damage.append(
-                f"part {path.stem} cannot be read ({first}); its conversations are missing here, "
+                f"{_unreadable(f'part {path.stem}', error)}; its conversations are missing here, "
                 "and --resume measures them again"
             )
             continue
         parts.append((turns, steps))
     return parts, damage
+
+
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    """One part; where it was stored in format 1, its replica is 0."""
+    table = pq.read_table(path, schema=schema)
+    place = schema.get_field_index("replica")
+    return table.set_column(place, schema.field(place), table["replica"].fill_null(0))
 
 
 def _latest_attempts(turns: pa.Table) -> tuple[Ints, int]:
@@ -455,6 +621,7 @@ def _columns(turns: pa.Table, steps: pa.Table, manifest: Mapping[str, Any]) -> C
         failed=failed,
         conversation=conversation,
         session=turns["session"].to_numpy().astype(np.int64),
+        replica=turns["replica"].to_numpy().astype(np.int64),
         turn=turns["turn"].to_numpy().astype(np.int64),
         n_prompt_tokens=turns["n_prompt_tokens"].to_numpy().astype(np.int64),
         submitted_ns=turns["submitted_ns"].to_numpy().astype(np.int64),

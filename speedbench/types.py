@@ -181,6 +181,8 @@ class EngineInfo:
     max_seq_len   longest prompt + output the engine takes (None: no limit known)
     vocab_size    token IDs it takes are below this (None: not known)
     tells_drafted it reports, per step, whether and how many tokens were drafted
+    fits_drafts   it drafts no more than a request may still show, or up to a stop token: a last
+                  step that accepted all of a short draft says nothing about what would follow
     simulated     its clock and acceptances are made up: nothing it says is a measurement
     sampling_fault  why what is drafted at temperature > 0 cannot be trusted here; '' if it can
     settings      everything else worth comparing between runs
@@ -195,6 +197,7 @@ class EngineInfo:
     prefix_cache: bool | None
     vocab_size: int | None = None
     tells_drafted: bool = False
+    fits_drafts: bool = False
     simulated: bool = False
     sampling_fault: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -276,6 +279,11 @@ class EngineAdapter(Protocol):
     """Versions of the engine it is written for."""
     support: Mapping[Algorithm, Support]
     """How each algorithm was proven; those it lacks are here, too."""
+    owns_ranks: bool
+    """Whether a launcher's ranks belong to the engine: its replicas are then separate jobs."""
+    node_args: Mapping[str, str]
+    """Our word (n_nodes, node_rank, host, port, address) -> the engine's argument, for engines
+    that are spread over nodes by starting one process on each; empty for others."""
     max_concurrency: int | None
     """Requests it decodes at a time, at most; None: as many as are asked for."""
     flag_of: Mapping[str, str]

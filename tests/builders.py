@@ -99,7 +99,7 @@ def manifest(
         **(config or {}),
     }
     return {
-        "format": 1,
+        "format": 2,
         "status": "complete",
         "config": from_dict(chosen).model_dump(mode="json"),
         "environment": {
@@ -173,9 +173,11 @@ def counters(drafts: int, accepted: int, draft_length: int = 3) -> dict[str, Any
     }
 
 
-def write_part(directory: Path, records: Iterable[ConversationRecord], number: int = 0) -> None:
-    """One more part, as session `number` writes it."""
-    writer = store.Writer(directory, number, interval_s=60.0)
+def write_part(
+    directory: Path, records: Iterable[ConversationRecord], number: int = 0, replica: int = 0
+) -> None:
+    """One more part, as session `number` of a replica writes it."""
+    writer = store.Writer(directory, number, replica, interval_s=60.0)
     for record in records:
         writer.commit(record)
     writer.close()

@@ -48,6 +48,7 @@ class ScriptedEngine:
         self.extra: list[Step] = []
         self.in_flight: list[int] = []
         self.submitted: list[Request] = []
+        self.n_forgotten = 0
         self.closed = False
 
     def now_ns(self) -> int:
@@ -75,6 +76,9 @@ class ScriptedEngine:
 
     def describe(self) -> EngineInfo:
         return EngineInfo("SCRIPTED", "1", self._draft_length, None, None, False)
+
+    def forget(self) -> None:
+        self.n_forgotten += 1
 
     def close(self) -> None:
         self.closed = True

@@ -14,6 +14,8 @@ STDLIB = sys.stdlib_module_names
 
 ALLOWED = {
     "speedbench.types": set(),
+    "speedbench.launch": {"speedbench.types"},
+    "speedbench.replicas": {"mpi4py", "speedbench.launch", "speedbench.types"},
     "speedbench.columns": {"numpy"},
     "speedbench.metrics": {"numpy", "speedbench.columns"},
     "speedbench.stats": {"numpy", "scipy", "speedbench.columns"},

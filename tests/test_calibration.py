@@ -26,8 +26,11 @@ from speedbench.calibration.closed_form import (
     acceptance_probabilities,
     draft_target_steps,
     expected_al,
+    hf_draft_target_steps,
+    hf_ngram_steps,
     next_token_logits,
     ngram_steps,
+    overlap_probabilities,
     plain_steps,
     read_known_answer,
 )
@@ -35,12 +38,14 @@ from speedbench.calibration.verdict import (
     N_EXACT_TRIALS,
     Fault,
     ObservedRequest,
+    Verdict,
     _check_position,
     judge_greedy,
     judge_sampled,
 )
 from speedbench.calibration.words import DENSITIES, N_CYCLE, N_TAIL
 from speedbench.types import UserError
+from tests import hf_twin
 
 EOS = 9
 RING = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]  # 0 -> 1 -> ... -> 9 -> 0
@@ -220,6 +225,38 @@ def _lookup(context: list[int], k: int, low: int, high: int) -> list[int]:
     return context[at : at + k] if best >= low else []
 
 
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 25),
+    st.sets(st.integers(0, 3), max_size=1),
+)
+def test_transformers_rules_against_their_twin(
+    prompt: list[int],
+    target: list[int],
+    draft: list[int],
+    k: int,
+    ngram_max: int,
+    max_tokens: int,
+    stop: set[int],
+) -> None:
+    for found, propose in (
+        (
+            hf_draft_target_steps(prompt, target, draft, k, max_tokens, stop),
+            hf_twin.draft_model(hf_twin.bigram(draft), k, stop),
+        ),
+        (
+            hf_ngram_steps(prompt, target, k, 1, ngram_max, max_tokens, stop),
+            hf_twin.prompt_lookup(k, ngram_max, stop),
+        ),
+    ):
+        twin = hf_twin.steps(prompt, hf_twin.bigram(target), propose, max_tokens, stop)
+        assert [(s.token_ids, s.accepted, s.drafted) for s in found] == list(map(tuple, twin))
+
+
 @given(functions, functions, st.integers(1, 6), st.integers(1, 40))
 def test_steps_hold_at_most_k_plus_one_tokens_and_sum_to_the_limit(
     target: list[int], draft: list[int], k: int, max_tokens: int
@@ -382,7 +419,7 @@ def _prompt_ids(pairs: Path) -> dict[tuple[str, str], list[int]]:
 
 
 def test_import_needs_no_framework() -> None:
-    modules = "checkpoints closed_form tokenizers verdict weights words"
+    modules = "checkpoints closed_form suffix tokenizers verdict weights words"
     imports = "\n".join(f"import speedbench.calibration.{name}" for name in modules.split())
     heavy = "{'torch', 'transformers', 'tokenizers', 'safetensors'}"
     script = f"import sys\n{imports}\nassert not {heavy} & set(sys.modules), sys.modules.keys()"
@@ -714,7 +751,7 @@ def test_the_first_mismatch_is_told_in_a_sentence() -> None:
         "Where a request ends inside a block, the cut length is reported as accepted."
     )
     with pytest.raises(UserError, match="no known answer"):
-        judge_greedy([record], known, replace(case, algorithm="SUFFIX"))
+        judge_greedy([record], known, replace(case, algorithm="NGRAM", engine="SGLANG"))
 
 
 @settings(max_examples=60)
@@ -871,6 +908,69 @@ def test_sampled_faults_are_named(
     )
     warm = np.asarray(_probabilities(pairs / "word" / "target", 1.1).cumsum(axis=1))
     assert fault(_sample(prompts, word, warm, 3, 40, rng)) == "acceptance rate"
+
+
+def _sample_both(
+    prompts: dict[tuple[str, str], list[int]],
+    known: KnownAnswer,
+    p: NDArray[np.float64],
+    q: NDArray[np.float64],
+    k: int,
+    max_tokens: int,
+    rng: np.random.Generator,
+) -> Records:
+    """Speculative sampling as Leviathan et al. (2023) define it: drafts from q, target p."""
+    records = []
+    for (name, category), prompt in prompts.items():
+        output = [int(rng.choice(len(p), p=p[prompt[-1]]))]
+        n_tokens, accepted, drafted = [1], [0], [0]
+        while len(output) < max_tokens and output[-1] not in known.eos_token_ids:
+            block: list[int] = []
+            context = output[-1]
+            for _ in range(k):
+                draft = int(rng.choice(len(q), p=q[context]))
+                if rng.random() < p[context, draft] / q[context, draft]:
+                    block.append(draft)
+                    context = draft
+                    continue
+                rest = np.maximum(p[context] - q[context], 0)
+                block.append(int(rng.choice(len(p), p=rest / rest.sum())))
+                break
+            else:
+                block.append(int(rng.choice(len(p), p=p[context])))
+            accepted.append(len(block) - 1)
+            block = block[: max_tokens - len(output)]
+            end = next((i for i, x in enumerate(block) if x in known.eos_token_ids), len(block))
+            block = block[: end + 1]
+            output += block
+            n_tokens.append(len(block))
+            drafted.append(k)
+        records.append(
+            ObservedRequest(
+                name, 0, category, prompt, output, n_tokens, accepted, drafted, [1] * len(n_tokens)
+            )
+        )
+    return records
+
+
+def test_sampled_drafts_are_judged_by_the_overlap(pairs: Path, word: KnownAnswer) -> None:
+    folder = pairs / "word"
+    prompts = dict(list(_prompt_ids(pairs).items())[::4])
+    p = _probabilities(folder / "target", 1.0)
+    rng = np.random.default_rng(17)
+    for draft_temperature in (1.0, 1.5):
+        q = _probabilities(folder / "draft", draft_temperature)
+        records = _sample_both(prompts, word, p, q, 3, 20, rng)
+
+        def judge(law: float, found: Records = records) -> Verdict:
+            chances = overlap_probabilities(folder / "target", folder / "draft", 1.0, law)
+            return judge_sampled(found, word, chances, 3, drafts_are_sampled=True)
+
+        assert judge(draft_temperature).ok, judge(draft_temperature).sentence
+        assert judge(2.5 - draft_temperature).fault == "acceptance rate"
+    untold = [replace(records[0], accepted=[-1] * len(records[0].accepted)), *records[1:]]
+    assert judge(1.5, untold).fault == "steps differ"
+    assert judge(1.5, _some_merged(records)).fault in ("steps differ", "merged events")
 
 
 def test_greedy_run_is_judged_exactly_at_temperature_0(pairs: Path, word: KnownAnswer) -> None:

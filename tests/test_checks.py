@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from speedbench import store
 from speedbench.checks import all_checks, reconcile
 from speedbench.store import Run
-from speedbench.types import ConversationRecord
+from speedbench.types import ConversationRecord, RoutedExperts
 from tests.builders import MS, conversation, counters, session, stored, told, turn, write_part
 
 GOOD = [1, 4, 2, 1, 4]
@@ -368,3 +369,30 @@ def test_the_verdict_of_a_known_answer(tmp_path: Path) -> None:
     only(right, "note", "known-answer", "exact.")
     wrong = run_with(tmp_path / "b", known_answer={"ok": False, "sentence": "3 differ."})
     only(wrong, "error", "known-answer", "3 differ.")
+
+
+# --- routed experts -------------------------------------------------------------------------------
+
+
+def with_experts(n_tokens: int | None) -> ConversationRecord:
+    """A conversation of 5 prompt and 12 output tokens, with the experts of so many of them."""
+    record = turn("c0", GOOD, told=told(GOOD, 3))
+    if n_tokens is not None:
+        captured = RoutedExperts(n_tokens, 1, 1, bytes(2 * n_tokens))
+        record = replace(
+            record, steps=[*record.steps[:-1], record.steps[-1]._replace(routed_experts=captured)]
+        )
+    return conversation("c0", "a", record)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "words"), [(None, "1 request(s) came without"), (17, "1 with")]
+)
+def test_experts_that_were_asked_for_and_did_not_come(
+    tmp_path: Path, n_tokens: int | None, words: str
+) -> None:
+    about = {"config": {"capture_experts": True}, "sessions": with_counters(4, 7)}
+    run = stored(tmp_path / "r", [with_experts(n_tokens)], **about)
+    only(run, "error", "--capture_experts was asked for", words)
+    good_run = stored(tmp_path / "good", [with_experts(16)], **about)
+    assert said(good_run) == []

@@ -137,6 +137,8 @@ MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
         ["--draft_length", "0", "NONE"],
     ),
     "K negative": (always(*NULL, "--draft_length", "-2"), ["--draft_length", "-2"]),
+    "shard that is none": (always(*NULL, "--shard", "4/4"), ["--shard", "4/4", "0/4"]),
+    "shard in words": (always(*NULL, "--shard", "first"), ["--shard", "first"]),
     "concurrency 0": (always(*NULL, "--concurrency", "0"), ["--concurrency"]),
     "concurrency no number": (always(*NULL, "--concurrency", "many"), ["--concurrency", "many"]),
     "no such dataset": (
@@ -259,7 +261,8 @@ def test_every_flag_of_the_field_is_there(capsys: pytest.CaptureFixture[str]) ->
         block_size dataset dataset_path mtbench specbench random_isl num_requests category
         output_length concurrency tp_size pp_size dp_size ep_size max_seq_len temperature top_p
         top_k seed ignore_eos completions postprocess runtime_params trust_remote_code
-        show_progress save_dir warmup order prefix_cache history max_duration resume config"""
+        show_progress save_dir warmup order prefix_cache history max_duration resume config
+        shard capture_experts"""
     for flag in flags.split():
         assert f"--{flag}" in out, flag
 

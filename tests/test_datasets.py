@@ -237,7 +237,7 @@ def test_sha256_is_over_canonical_json() -> None:
         '{"category":"c","id":"1","sub_category":"s","turns":["a","\\u00e9"]}\n'
         '{"category":"d","id":"2","sub_category":"","token_turns":[[5,6]]}\n'
     )
-    assert datasets._sha256(rows) == hashlib.sha256(text.encode()).hexdigest()
+    assert datasets.identity.rows_sha256(rows) == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_sha256_is_of_the_content_and_not_of_the_file(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_wrong_experts_are_told() -> None:
 # ---------------------------------------------------------------- consistent, not known
 
 
-CASE = Case("SUFFIX", 3, 6, ())
+CASE = Case("NGRAM", 3, 6, (), engine="SGLANG")
 OUTPUT = [1, 2, 3, 4, 5, 0]
 GOOD = request(OUTPUT, [1, 3, 1, 1], accepted=[0, 2, 0, 2], drafted=[0, 3, 0, 2])
 

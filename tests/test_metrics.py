@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +17,18 @@ from speedbench import metrics, store
 from speedbench.columns import Columns
 from speedbench.report.summary import Summary, summarize
 from speedbench.store import Run
-from tests.builders import MS, S, conversation, counters, session, stored, told, turn, write_part
+from tests.builders import (
+    MS,
+    S,
+    conversation,
+    counters,
+    manifest,
+    session,
+    stored,
+    told,
+    turn,
+    write_part,
+)
 
 # --- the estimator --------------------------------------------------------------------------------
 
@@ -144,6 +156,7 @@ def simulate(
         failed=zero.astype(bool),
         conversation=np.arange(n_requests),
         session=zero,
+        replica=zero,
         turn=zero,
         n_prompt_tokens=zero,
         submitted_ns=zero,
@@ -190,6 +203,32 @@ def test_what_counting_or_dropping_cut_steps_would_cost() -> None:
     columns, shown, _ = simulate(60000, 11, 7, 0.9, seed=4)
     n_steps = np.bincount(columns.request[columns.step > 0])
     assert (10 / n_steps).mean() / truth - 1 == pytest.approx(-0.22, abs=0.01)
+
+
+def test_drafts_cut_short_by_the_end_are_no_rejections() -> None:
+    """An engine that drafts no more than may still be shown, and tells so: K=7, p=0.9, 10 tokens.
+
+    Taken as they look, its short last drafts understate the acceptance length by a quarter.
+    """
+    columns, shown, _ = simulate(60000, 10, 7, 0.9, seed=5)
+    before = np.cumsum(columns.n_tokens) - columns.n_tokens
+    first, _ = columns.first_and_last()
+    remaining = 10 - (before - before[first][columns.request])
+    drafted = np.where(columns.step == 0, 0, np.minimum(7, remaining - 1))
+    accepted = np.minimum(np.maximum(columns.n_tokens - 1, 0), drafted)
+    told = replace(columns, drafted=drafted, accepted=accepted)
+
+    def al(cut_short: NDArray[np.bool_] | None) -> float:
+        counts = metrics.acceptance(told, 7, cut_short)
+        return float(metrics.acceptance_lengths(counts, np.ones((1, 60000)))["al"].overall[0])
+
+    truth = true_al(7, 0.9)
+    assert al(None) / truth < 0.75
+    assert al(metrics.drafts_cut_short(told, 7, 10, False)) == pytest.approx(truth, rel=0.005)
+    # Of a lookup only the plain step for the very last token is one that was cut short.
+    lookup = metrics.drafts_cut_short(told, 7, 10, True)
+    assert lookup.sum() == ((drafted == 0) & (columns.step > 0)).sum() > 0
+    assert not metrics.drafts_cut_short(told, 7, 11, True).any()
 
 
 # --- acceptance lengths of stored runs ------------------------------------------------------------
@@ -571,3 +610,78 @@ def test_user_tps_of_a_conversation_sums_over_its_turns(tmp_path: Path) -> None:
     assert found["c"] == pytest.approx(12 / 0.120)
     assert np.isnan(found["one"])
     assert np.isnan(found["bad"])
+
+
+# --- replicas -------------------------------------------------------------------------------------
+
+
+def two_replicas(directory: Path, *, clocks: tuple[str, str], met_ns: tuple[int, int]) -> Run:
+    """By hand, 2 slots in each. Replica 0, in ms: conversations begin at 0, 0, 100, 300 and make a
+    token 50 ms after that and every 100 ms, three each. Replica 1: the same, 20 ms later by a clock
+    that is `met_ns` ahead."""
+    store.create(directory)
+    entries = [
+        session(replica=r, clock=clocks[r], met_ns=met_ns[r], started_ns=met_ns[r],
+                ended_ns=met_ns[r] + (600 + 20 * r) * MS)
+        for r in (0, 1)
+    ]  # fmt: skip
+    store.write_manifest(directory, manifest(expected={"c": 8}, sessions=entries, draft_length=0))
+    for r in (0, 1):
+        ahead = met_ns[r] + 20 * r * MS
+        records = [
+            conversation(f"{r}-{i}", "c", turn(f"r{r}-{i}.0", [1, 1, 1],
+                         submitted_ns=ahead + begin * MS, ttft_ns=50 * MS, step_ns=100 * MS))
+            for i, begin in enumerate((0, 0, 100, 300))
+        ]  # fmt: skip
+        write_part(directory, records, 0, r)
+    return store.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("clocks", "met_ns"),
+    [(("boot 1", "boot 1"), (0, 0)), (("boot 1", "boot 2"), (7 * S, 1234567 * MS))],
+)
+def test_replicas_are_counted_in_a_window_they_share(
+    tmp_path: Path, clocks: tuple[str, str], met_ns: tuple[int, int]
+) -> None:
+    """Replica 0 is steady from 0 to 300 ms, replica 1 from 20 to 320: together from 20 to 300.
+
+    Tokens of replica 0 in there: at 50, 150, 250 of two; at 150, 250 of the third: 8. Replica 1's
+    are 20 ms later, at 70, 170, 270 and 170, 270: 8. In all 24 tokens, from 0 to 620 ms.
+    """
+    summary = summarize(two_replicas(tmp_path / "r", clocks=clocks, met_ns=met_ns))
+    assert summary.steady_duration_s == pytest.approx(0.28, rel=1e-12)
+    assert summary.output_tps_steady.value == pytest.approx(16 / 0.28, rel=1e-12)
+    assert summary.output_tps.value == pytest.approx(24 / 0.62, rel=1e-12)
+    assert summary.output_tps_per_gpu.value == pytest.approx(24 / 0.62 / 2, rel=1e-12)
+
+
+def test_one_clock_needs_no_meeting(tmp_path: Path) -> None:
+    """On one host the clock is exact; the meeting, which is not, moves nothing."""
+    run = two_replicas(tmp_path / "r", clocks=("boot 1", "boot 1"), met_ns=(0, 0))
+    for entry, late in zip(run.manifest["sessions"], (0, 13 * MS), strict=True):
+        entry["met_ns"] += late
+    assert summarize(run).output_tps_steady.value == pytest.approx(16 / 0.28, rel=1e-12)
+
+
+def test_replicas_that_are_never_steady_together(tmp_path: Path) -> None:
+    run = two_replicas(tmp_path / "r", clocks=("a", "b"), met_ns=(0, -10 * S))
+    for entry in run.manifest["sessions"]:
+        entry["met_ns"] = 0  # so replica 1 measured ten seconds earlier
+    summary = summarize(run)
+    assert summary.output_tps_steady.value is None
+    assert "same time" in summary.output_tps_steady.why_not
+
+
+def test_merged_jobs_are_only_compared_on_one_clock(tmp_path: Path) -> None:
+    for name, clocks, steady in (
+        ("a", ("boot 1",) * 2, 16 / 0.28),
+        ("b", ("boot 1", "boot 2"), None),
+    ):
+        run = two_replicas(tmp_path / name, clocks=clocks, met_ns=(0, 0))
+        union = replace(run, manifest={**run.manifest, "merged": ["x", "y"]})
+        summary = summarize(union)
+        assert summary.output_tps.value is None
+        assert summary.output_tps.why_not
+        assert summary.output_tps_per_gpu.value is None
+        assert summary.output_tps_steady.value == (steady and pytest.approx(steady, rel=1e-12))

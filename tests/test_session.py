@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 
 import engines
+import engines.null
 from speedbench import session, store
 from speedbench.cli import main
 from speedbench.config import from_dict
-from speedbench.types import UserError
+from speedbench.types import EngineSettings, Request, UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -239,13 +241,15 @@ def test_frozen_history_gives_every_arm_the_same_tokens(tmp_path: Path, models: 
     assert {k: v for k, v in live.items() if k[1] > 0} != {k: v for k, v in a.items() if k[1] > 0}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_ends_a_run_in_order(tmp_path: Path, number: int, code: int) -> None:
     run_dir = tmp_path / "run"
     slow = parameters(tmp_path / "p.yaml", real_time=True, step_ms=5, prefill_ms=5)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"),
-         *arguments(run_dir, "--num_requests", "5000", "--output_length", "20",
+         *arguments(run_dir, "--num_requests", "5000", "--output_length", "200",
                     "--concurrency", "8", "--runtime_params", slow)[1:]],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -281,3 +285,125 @@ def test_max_duration_ends_a_run_that_can_be_resumed(
     run = store.load(run_dir)
     assert len(run.columns.conversation_ids) == 300
     assert len(run.manifest["sessions"]) == 2  # the cap was the first session's alone
+
+
+class Learner(engines.null.NullEngine):
+    """Notes what it is asked, and when it is told to forget."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        self.events: list[str] = []
+
+    def submit(self, request: Request) -> None:
+        self.events.append(request.request_id.partition("-")[0])
+        super().submit(request)
+
+    def forget(self) -> None:
+        self.events.append("forget")
+
+
+def test_what_the_warm_up_taught_is_forgotten_before_anything_is_measured(tmp_path: Path) -> None:
+    settings = from_dict(
+        {"engine": "NULL", "random_isl": 4, "dataset": "random", "num_requests": 5,
+         "output_length": 4, "concurrency": 2, "warmup": 3}
+    )  # fmt: skip
+    engine = Learner(settings.engine_settings())
+    session.measure(settings, session.prepare(settings), engine, session.Target(tmp_path / "run"))
+    assert engine.events == ["w"] * 3 + ["forget"] + ["s0"] * 5
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def shard(directory: Path, text: str, *more: str) -> int:
+    return main([*arguments(directory, "--num_requests", "31", "--output_length", "6",
+                            "--concurrency", "2", *more), "--shard", text])  # fmt: skip
+
+
+def test_shards_are_the_whole_and_are_reported_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [tmp_path / str(r) for r in range(3)]
+    for r, directory in enumerate(parts):
+        assert shard(directory, f"{r}/3") == 0
+    assert main(arguments(tmp_path / "whole", "--num_requests", "31", "--output_length", "6",
+                          "--concurrency", "2")) == 0  # fmt: skip
+    whole = conversations(tmp_path / "whole")
+    assert sum((conversations(part) for part in parts), Counter()) == whole
+    assert [len(conversations(part)) for part in parts] == [11, 10, 10]
+    manifests = [store.read_manifest(part) for part in parts]
+    assert {m["prompts"]["fingerprint"] for m in manifests} == {
+        store.read_manifest(tmp_path / "whole")["prompts"]["fingerprint"]
+    }
+    capsys.readouterr()
+    assert main(["report", str(parts[1])]) == 0
+    assert "10/10" in capsys.readouterr().out  # of its own share
+    assert main(["report", "--merge", *map(str, parts), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n_conversations"], found["n_steps"], found["status"]) == (31, 31 * 6, "complete")
+    (category,) = found["acceptance"]["by_category"]
+    assert (category["n_complete"], category["n_expected"]) == (31, 31)
+    assert found["output_tps"]["whole"]["value"] is None
+    assert "clock" in found["output_tps"]["whole"]["why_not"]
+    assert main(["report", "--merge", str(parts[0]), str(parts[2])]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "10 conversation(s) have not been measured yet" in out  # a shard is not among them
+    assert "21/31" in out
+
+
+def test_what_is_no_shard_of_the_same_run_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, same = tmp_path / "a", tmp_path / "b"
+    assert shard(first, "0/2") == 0
+    assert shard(same, "0/2") == 0
+    for name, more, word in (
+        ("c", ("--top_p", "0.5"), "--top_p is 1.0 in the first and 0.5"),
+        ("d", ("--seed", "9"), "--seed is 0 in the first and 9"),
+        ("e", ("--max_seq_len", "500"), "max_seq_len is None in the first and 500"),
+    ):
+        assert shard(tmp_path / name, "1/2", *more) == 0
+        capsys.readouterr()
+        assert main(["report", "--merge", str(first), str(tmp_path / name)]) == 2
+        assert word in capsys.readouterr().err
+    assert shard(tmp_path / "f", "1/2") == 0
+    for section, name, word in (
+        ("prompts", "fingerprint", "the prompts' fingerprint"),
+        ("dataset", "sha256", "the dataset's sha256"),
+        ("environment", "gpus", "the list of GPUs"),
+        ("engine", "version", "the engine's version"),
+    ):
+        manifest = store.read_manifest(tmp_path / "f")
+        manifest[section][name] = "another"
+        copy = shutil.copytree(tmp_path / "f", tmp_path / f"other-{name}")
+        store.write_manifest(copy, manifest)
+        assert main(["report", "--merge", str(first), str(copy)]) == 2
+        assert word in capsys.readouterr().err
+    assert main(["report", "--merge", str(first), str(tmp_path / "f")]) == 0
+    assert main(["report", "--merge", str(first), str(same)]) == 2
+    assert "both hold the conversation" in capsys.readouterr().err
+    assert main(["report"]) == 2
+
+
+def test_a_merged_run_is_an_arm_like_any_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drafted = ("--speculative_algorithm", "DRAFT_TARGET", "--draft_model_dir", "none")
+    for r in "01":
+        assert shard(tmp_path / f"base{r}", f"{r}/2") == 0
+        assert shard(tmp_path / f"spec{r}", f"{r}/2", *drafted) == 0
+    capsys.readouterr()
+    arms = [["--merge", *(str(tmp_path / f"{arm}{r}") for r in "01")] for arm in ("spec", "base")]
+    assert main(["report", *arms[0], *arms[1], "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["speedup"]["user_tps"]["n_pairs"] == 31
+    assert found["baseline"]["draft_length"] == 0
+    assert found["speedup"]["system"]["value"] is None
+
+
+def test_a_shard_without_rows_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shard(tmp_path / "run", "31/32") == 2
+    assert "at most 31 shards" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

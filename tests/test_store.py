@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from speedbench import store
-from speedbench.types import ConversationRecord, Step, TurnRecord, UserError
-from tests.builders import conversation, manifest, stored, told, turn, write_part
+from speedbench.report.summary import summarize
+from speedbench.types import ConversationRecord, RoutedExperts, Step, TurnRecord, UserError
+from tests.builders import conversation, manifest, session, stored, told, turn, write_part
 
 
 def run_of_three_parts(directory: Path) -> Path:
@@ -41,6 +44,7 @@ def test_everything_recorded_comes_back(tmp_path: Path) -> None:
         {
             "request_id": "r0",
             "session": 0,
+            "replica": 0,
             "conversation_id": "c",
             "category": "math",
             "turn": 0,
@@ -54,6 +58,7 @@ def test_everything_recorded_comes_back(tmp_path: Path) -> None:
         {
             "request_id": "r1",
             "session": 0,
+            "replica": 0,
             "conversation_id": "c",
             "category": "math",
             "turn": 1,
@@ -229,9 +234,9 @@ def edited(directory: Path, **changes: object) -> None:
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     directory = run_of_three_parts(tmp_path / "r")
-    edited(directory, format=2)
+    edited(directory, format=3)
     for read in (store.load, store.read_manifest):
-        with pytest.raises(UserError, match=r"format 2.*install a newer one"):
+        with pytest.raises(UserError, match=r"format 3.*install a newer one"):
             read(directory)
 
 
@@ -254,6 +259,125 @@ def test_a_manifest_cannot_hold_what_json_cannot(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         store.write_manifest(directory, {"format": 1, "x": float("nan")})
     assert (directory / "manifest.json").read_text() == before
+
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+def directory_of_format_1(directory: Path) -> Path:
+    """As speedbench 0.1 wrote it, from that format's own description: no replica anywhere."""
+    turns = pa.schema(
+        [("request_id", pa.string()), ("session", pa.int32()), ("conversation_id", pa.string()),
+         ("category", pa.string()), ("turn", pa.int32()), ("n_prompt_tokens", pa.int32()),
+         ("prompt_sha256", pa.string()), ("submitted_ns", pa.int64()),
+         ("finish_reason", pa.string()), ("error", pa.string()),
+         ("output_token_ids", pa.list_(pa.int32()))]
+    )  # fmt: skip
+    steps = pa.schema(
+        [("request_id", pa.string()), ("session", pa.int32()), ("turn", pa.int32()),
+         ("step", pa.int32()), ("time_ns", pa.int64()), ("engine_steps", pa.int32()),
+         ("n_tokens", pa.int32()), ("accepted", pa.int32()), ("drafted", pa.int32())]
+    )  # fmt: skip
+    for folder in ("turns", "steps"):
+        (directory / folder).mkdir(parents=True)
+    rows = [
+        ("s0-0.0", 0, "a", "cat", 0, 5, "00", 0, "stop", None, [7, 7, 7]),
+        ("s0-1.0", 0, "b", "cat", 0, 5, "00", 1000, "length", None, [7, 7, 7, 7]),
+    ]
+    events = [
+        ("s0-0.0", 0, 0, 0, 50, 1, 1, 0, 0), ("s0-0.0", 0, 0, 1, 60, 1, 2, 1, 3),
+        ("s0-1.0", 0, 0, 0, 1050, 1, 1, 0, 0), ("s0-1.0", 0, 0, 1, 1060, 1, 3, 2, 3),
+    ]  # fmt: skip
+    for folder, schema, data in (("turns", turns, rows), ("steps", steps, events)):
+        table = pa.Table.from_pylist(
+            [dict(zip(schema.names, r, strict=True)) for r in data], schema
+        )
+        pq.write_table(table, directory / folder / "00000.parquet")
+    old = manifest(expected={"cat": 3}, sessions=[session()], format=1)
+    del old["config"]["shard"]
+    (directory / "manifest.json").write_text(json.dumps(old))
+    return directory
+
+
+def test_a_run_of_format_1_is_read_and_can_go_on(tmp_path: Path) -> None:
+    directory = directory_of_format_1(tmp_path / "r")
+    run = store.load(directory)
+    assert run.damage == ()
+    assert run.columns.conversation_ids == ("a", "b")
+    assert run.columns.replica.tolist() == [0, 0]
+    assert run.columns.n_tokens.tolist() == [1, 2, 1, 3]
+    assert store.committed(directory) == {"a": True, "b": True}
+    assert summarize(run).output_tps.value == pytest.approx(7 / 10)
+    write_part(directory, [conversation("c", "cat", turn("s1r2-0.0", [1, 4]))], 1, replica=2)
+    run = store.load(directory)
+    assert run.columns.conversation_ids == ("a", "b", "c")
+    assert run.columns.replica.tolist() == [0, 0, 2]
+    assert sorted(names_in(directory)) == ["00000-r2.parquet", "00000.parquet"]
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+def with_experts(name: str, value: int, session_number: int = 0) -> ConversationRecord:
+    """A conversation of one turn whose 3 tokens used experts 256 * value + (0, 1, 2, ...)."""
+    ids = np.arange(3 * 2 * 4, dtype="<i2") + 256 * value
+    made = turn(f"s{session_number}-{name}.0", [1, 2])
+    last = made.steps[-1]._replace(routed_experts=RoutedExperts(3, 2, 4, ids.tobytes()))
+    return conversation(name, "cat", replace(made, steps=[made.steps[0], last]))
+
+
+def test_experts_come_back_and_only_where_there_are_any(tmp_path: Path) -> None:
+    directory = run_of_three_parts(tmp_path / "r")
+    assert not (directory / "experts").exists()
+    assert store.load_experts(directory) == {}
+    write_part(directory, [with_experts("e", 1), conversation("f", "cat", [1, 1])])
+    write_part(directory, [with_experts("g", 2)], replica=1)
+    found = store.load_experts(directory)
+    assert sorted(found) == ["s0-e.0", "s0-g.0"]
+    for name, value in (("s0-e.0", 1), ("s0-g.0", 2)):
+        assert (found[name].n_tokens, found[name].n_layers, found[name].top_k) == (3, 2, 4)
+        read = np.frombuffer(found[name].expert_ids, "<i2").reshape(3, 2, 4)
+        assert read.ravel().tolist() == [256 * value + i for i in range(24)]
+    raw = pq.read_table(directory / "experts" / "00000-r1.parquet").to_pylist()
+    assert [(row["request_id"], row["session"], row["replica"]) for row in raw] == [
+        ("s0-g.0", 0, 1)
+    ]
+    assert store.load(directory).columns.n_requests == 4 * 2 + 3
+
+
+def test_experts_without_turns_do_not_count(tmp_path: Path) -> None:
+    """A kill between the files of a part: turns are written last and make it count."""
+    directory = tmp_path / "r"
+    store.create(directory)
+    store.write_manifest(directory, manifest())
+    write_part(directory, [with_experts("e", 1)])
+    (directory / "turns" / "00000.parquet").unlink()
+    assert store.load_experts(directory) == {}
+    assert store.committed(directory) == {}
+    write_part(directory, [with_experts("e", 2, 1)], number=1)
+    assert list(store.load_experts(directory)) == ["s1-e.0"]
+    path = directory / "experts" / "00000.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"experts/00000\.parquet cannot be read"):
+        store.load_experts(directory)
+    assert store.load(directory).damage == ()  # acceptance does not need them
+
+
+def test_a_failed_write_is_salvaged_with_its_experts(tmp_path: Path) -> None:
+    directory = tmp_path / "r"
+    store.create(directory)
+    store.write_manifest(directory, manifest())
+    writer = store.Writer(directory, 0, interval_s=60)
+    blocker = directory / "steps" / ".00000.parquet.tmp"
+    blocker.mkdir()
+    writer.commit(with_experts("e", 1))
+    writer._queue.put(None)
+    writer._thread.join()  # it has failed
+    blocker.rmdir()
+    with pytest.raises(UserError, match="0 finished conversation"):
+        writer.close()
+    assert list(store.load_experts(directory)) == ["s0-e.0"]
+    assert store.committed(directory) == {"e": True}
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -1,28 +1,72 @@
-"""The vLLM adapter's pure parts: argument mapping over versions, and alignment of verifications."""
+"""The vLLM adapter without vLLM: arguments over versions, messages, alignment, and refusals."""
 
 from __future__ import annotations
 
+import ast
+import asyncio
+import contextlib
+import json
+import os
 import random
-from typing import Any
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.vllm import align, engine_arguments
-from speedbench.types import UNKNOWN, EngineSettings, UserError
+from engines.overheard import Overheard, cause_in
+from engines.vllm import (
+    CPU_KV_CACHE,
+    METHODS,
+    OURS,
+    SAMPLES_DRAFTS,
+    SAMPLING_OURS,
+    Interface,
+    VllmEngine,
+    _bounded_memory_on_cpu,
+    _Live,
+    align,
+    engine_arguments,
+    why_no_start,
+)
+from speedbench.types import UNKNOWN, Algorithm, EngineDiedError, EngineSettings, UserError
 
-NAMES_026 = {
-    "model", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
-    "enable_expert_parallel", "max_num_seqs", "max_model_len", "enable_prefix_caching", "seed",
-    "trust_remote_code", "skip_tokenizer_init", "disable_log_stats", "speculative_config",
-    "enforce_eager", "gpu_memory_utilization", "stream_interval",
-}  # fmt: skip
-NAMES_029 = NAMES_026 | {"per_request_spec_decode_metrics"}
+CONTRACTS = Path(__file__).parent / "contracts" / "vllm"
+VERSIONS = ("0.20.2", "0.26.0", "0.29.0", "0.32.0", "0.33.0")
 
 
-def arguments(names: set[str] = NAMES_029, **changes: Any) -> dict[str, Any]:
-    return engine_arguments(EngineSettings("target", **changes), names)[0]
+def contract(version: str) -> dict[str, Any]:
+    """Class -> field -> {type, default}, as the release's source has them."""
+    found = json.loads((CONTRACTS / f"{version}.json").read_text())
+    assert (found["engine"], found["version"]) == ("VLLM", version)
+    return {name: entry["fields"] for name, entry in found["classes"].items()}
+
+
+def values_of(type_text: str) -> frozenset[str]:
+    """The values of the Literal in a type."""
+    listed = re.search(r"Literal(\[[^\]]*\])", type_text)
+    assert listed is not None
+    return frozenset(ast.literal_eval(listed[1]))
+
+
+def interface(version: str) -> Interface:
+    classes = contract(version)
+    return Interface(
+        version,
+        frozenset(classes["AsyncEngineArgs"]),
+        frozenset(classes["SpeculativeConfig"]),
+        values_of(classes["SpeculativeConfig"]["method"]["type"]),
+    )
+
+
+def arguments(version: str = "0.29.0", **changes: Any) -> dict[str, Any]:
+    return engine_arguments(EngineSettings("target", **changes), interface(version))[0]
 
 
 def test_arms_differ_in_the_speculative_settings_and_nothing_else() -> None:
@@ -37,25 +81,148 @@ def test_arms_differ_in_the_speculative_settings_and_nothing_else() -> None:
     assert base["enable_prefix_caching"] is False
 
 
+# ---------------------------------------------------------------- over versions
+
+ALGORITHMS = [name for name in get_args(Algorithm) if name != "NONE"]
+GONE = {("MEDUSA", "0.33.0")}
+"""(algorithm, version) of what a release does not have."""
+
+
+def draft_of(algorithm: str, folder: Path) -> str | None:
+    """A draft checkpoint's folder with just what is looked at before the engine starts."""
+    if algorithm in ("NGRAM", "SUFFIX", "MTP"):
+        return None
+    (folder / "config.json").write_text('{"vocab_size": 8, "pard_token": 7}')
+    return str(folder)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_argument_exists_in_every_version(
+    algorithm: Any, version: str, tmp_path: Path
+) -> None:
+    known = interface(version)
+    asked = EngineSettings(
+        "target", draft_of(algorithm, tmp_path), algorithm, draft_length=2, max_seq_len=512
+    )
+    if (algorithm, version) in GONE:
+        with pytest.raises(UserError, match=rf"{version} has no {algorithm}, it has .*EAGLE3"):
+            engine_arguments(asked, known)
+        return
+    found, unused = engine_arguments(asked, known)
+    classes = contract(version)
+    assert set(found) <= set(classes["AsyncEngineArgs"])
+    speculative = found["speculative_config"]
+    assert set(speculative) <= set(classes["SpeculativeConfig"])
+    assert speculative["method"] in values_of(classes["SpeculativeConfig"]["method"]["type"])
+    assert speculative["num_speculative_tokens"] == 2
+    assert speculative.get("model") == asked.draft_model_dir
+    assert speculative.get("parallel_drafting", False) is (algorithm == "PARD")
+    # What per-step acceptance comes from is ours: without it the run goes on, and says so.
+    has_metrics = "per_request_spec_decode_metrics" in classes["AsyncEngineArgs"]
+    assert has_metrics is (version not in ("0.20.2", "0.26.0"))
+    assert ("per_request_spec_decode_metrics" in found) is has_metrics
+    assert unused == (() if has_metrics else ("per_request_spec_decode_metrics",))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_the_recorder_reads_exists_in_every_version(version: str) -> None:
+    classes = contract(version)
+    assert {"outputs", "timestamp", "scheduler_stats"} <= set(classes["EngineCoreOutputs"])
+    assert {"request_id", "new_token_ids", "finish_reason", "routed_experts"} <= set(
+        classes["EngineCoreOutput"]
+    )
+    assert {
+        "num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos",
+    } <= set(classes["SpecDecodingStats"])  # fmt: skip
+    assert "disable_log_stats" in classes["AsyncLLM.from_vllm_config"]
+    submitted = list(classes["AsyncLLM.add_request"].items())
+    assert [name for name, _ in submitted[:3]] == ["request_id", "prompt", "params"]
+    assert all(entry["default"] is not None for _, entry in submitted[3:])
+    assert all(e["default"] is not None for e in classes["AsyncLLM.reset_prefix_cache"].values())
+    passed = {
+        "temperature", "top_p", "top_k", "max_tokens", "stop_token_ids", "ignore_eos",
+        "detokenize", "output_kind",
+    }  # fmt: skip
+    assert passed <= set(classes["SamplingParams"])
+    assert passed <= set(SAMPLING_OURS)
+    flags = set(VllmEngine.flag_of) | (set(OURS) - {"per_request_spec_decode_metrics"})
+    assert flags <= set(classes["AsyncEngineArgs"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_calibration_arguments_exist_in_every_version(version: str) -> None:
+    for algorithm, engine_args in VllmEngine.calibration_args.items():
+        found = arguments(version, algorithm=algorithm, engine_args=engine_args)
+        assert (
+            found["speculative_config"].items() >= dict(engine_args)["speculative_config"].items()
+        )  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_how_drafts_are_sampled_is_passed_on_or_refused(algorithm: Any, tmp_path: Path) -> None:
+    changes = {
+        "algorithm": algorithm, "draft_model_dir": draft_of(algorithm, tmp_path),
+        "draft_sample_method": "probabilistic",
+    }  # fmt: skip
+    if algorithm not in SAMPLES_DRAFTS:
+        with pytest.raises(UserError, match=f"--draft_sample_method for {algorithm}"):
+            arguments(**changes)
+        return
+    found = arguments(**changes)["speculative_config"]["draft_sample_method"]
+    assert found == "probabilistic"
+    assert found in values_of(
+        contract("0.29.0")["SpeculativeConfig"]["draft_sample_method"]["type"]
+    )
+    with pytest.raises(
+        UserError, match=r"0\.20\.2 has no speculative_config 'draft_sample_method'"
+    ):
+        arguments("0.20.2", **changes)
+
+
+def test_experts_are_captured_only_where_asked_for() -> None:
+    name = "enable_return_routed_experts"
+    assert arguments(capture_experts=True)[name] is True
+    assert name not in arguments()
+    assert VllmEngine.flag_of[name] == "capture_experts"
+
+
+@pytest.mark.parametrize("algorithm", ["PARD", "DFLASH"])
 @pytest.mark.parametrize(
-    ("algorithm", "method"),
+    ("config", "fits"),
     [
-        ("EAGLE3", "eagle3"), ("EAGLE", "eagle"), ("DRAFT_TARGET", "draft_model"),
-        ("NGRAM", "ngram"), ("MTP", "mtp"), ("MEDUSA", "medusa"), ("DFLASH", "dflash"),
-        ("SUFFIX", "suffix"),
+        ({"pard_token": 0}, True),
+        ({"mask_token_id": 5}, True),
+        ({"ptd_token_id": 5}, True),
+        ({"dflash_config": {"mask_token_id": 5}}, True),
+        ({"dflash_config": {}, "pard_token": None}, False),
+        ({}, False),
     ],
-)  # fmt: skip
-def test_every_algorithm_has_its_method(algorithm: Any, method: str) -> None:
-    config = arguments(algorithm=algorithm, draft_length=2)["speculative_config"]
-    assert config["method"] == method
-    assert config["num_speculative_tokens"] == 2
+)
+def test_a_drafter_without_a_mask_token_is_refused_before_the_start(
+    algorithm: Any, config: dict[str, Any], fits: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    changes = {"algorithm": algorithm, "draft_model_dir": str(tmp_path)}
+    if fits:
+        arguments(**changes)
+    else:
+        with pytest.raises(UserError, match=rf"{tmp_path}/config.json names no mask token.*pard"):
+            arguments(**changes)
 
 
-def test_a_version_without_per_request_metrics_says_so() -> None:
-    settings_ = EngineSettings("target", algorithm="NGRAM")
-    found, unused = engine_arguments(settings_, NAMES_026)
-    assert "per_request_spec_decode_metrics" not in found
-    assert unused == ("per_request_spec_decode_metrics",)
+def test_a_draft_on_the_hub_is_left_to_the_engine() -> None:
+    assert arguments(algorithm="PARD", draft_model_dir="some/name")
+
+
+def test_every_algorithm_of_the_field_is_accounted_for() -> None:
+    assert set(METHODS) == set(ALGORITHMS)
+    assert set(VllmEngine.algorithms) == set(get_args(Algorithm))
+    assert set(VllmEngine.support) == set(get_args(Algorithm))
+    assert all(s.where for s in VllmEngine.support.values() if s.proof == "real")
+
+
+# ---------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -66,6 +233,8 @@ def test_a_version_without_per_request_metrics_says_so() -> None:
         ({"skip_tokenizer_init": False}, ["skip_tokenizer_init"]),
         ({"speculative_config": {"method": "ngram"}}, ["--speculative_algorithm"]),
         ({"speculative_config": {"num_speculative_tokens": 9}}, ["--draft_length"]),
+        ({"speculative_config": {"draft_sample_method": "greedy"}}, ["--draft_sample_method"]),
+        ({"speculative_config": {"prompt_lookup_mx": 3}}, ["0.29.0", "prompt_lookup_max"]),
         ({"speculative_config": 3}, ["speculative_config"]),
     ],
 )
@@ -85,9 +254,274 @@ def test_a_flag_without_effect_is_refused(changes: dict[str, Any], flag: str) ->
         arguments(algorithm="NGRAM", tp_size=2, **changes)
 
 
+def test_a_draft_model_becomes_pard_by_its_flag_only() -> None:
+    with pytest.raises(UserError, match="--speculative_algorithm PARD or DRAFT_TARGET"):
+        arguments(
+            algorithm="DRAFT_TARGET", draft_model_dir="d",
+            engine_args={"speculative_config": {"parallel_drafting": True}},
+        )  # fmt: skip
+
+
 def test_a_baseline_takes_no_speculative_config() -> None:
     with pytest.raises(UserError, match="NONE"):
         arguments(engine_args={"speculative_config": {"prompt_lookup_max": 3}})
+
+
+# ---------------------------------------------------------------- messages
+
+
+def output(request_id: str, token_ids: list[int], **more: Any) -> Any:
+    return SimpleNamespace(request_id=request_id, new_token_ids=token_ids,
+                           finish_reason=more.pop("finish_reason", None), **more)  # fmt: skip
+
+
+def listening(algorithm: Algorithm = "NONE", draft_length: int = 3) -> Any:
+    """An adapter with one request "a" in flight and no vLLM behind it."""
+    engine: Any = VllmEngine.__new__(VllmEngine)
+    engine._settings = EngineSettings("target", algorithm=algorithm, draft_length=draft_length)
+    engine._k = 0 if algorithm == "NONE" else draft_length
+    engine._events, engine._death = [], None
+    engine._arrived = SimpleNamespace(set=lambda: None)
+    engine._totals = {"counts": [0, 0, 0], "per_position": []}
+    engine._live = {"a": _Live("a")}
+    return engine
+
+
+def take(engine: Any, outputs: list[Any], stats: Any = None) -> list[Any]:
+    """The steps of one message, whose outputs carry vLLM's own request ids."""
+    states = {"a-0f0f0f0f": SimpleNamespace(external_req_id="a")}
+    engine._take(SimpleNamespace(timestamp=1.5, outputs=outputs, scheduler_stats=stats), states)
+    steps, engine._events = engine._events, []
+    return list(steps)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["when it ends", "step by step"])
+def test_routed_experts_come_with_the_last_step(whole: bool) -> None:
+    """vLLM up to 0.20 sends them when a request ends, later ones with every output."""
+    # A prompt of 3 tokens and 4 of output: 6 were run through 2 layers of top-2 routing.
+    rows = np.arange(6 * 2 * 2).reshape(6, 2, 2) % 7
+    chunks = [None, None, rows] if whole else [rows[:3], rows[3:5], rows[5:]]
+    engine = listening()
+    messages = [([5], None), ([6, 7], None), ([8], "length")]
+    steps = [
+        take(engine, [output("a-0f0f0f0f", ids, finish_reason=reason, routed_experts=chunk)])[0]
+        for (ids, reason), chunk in zip(messages, chunks, strict=True)
+    ]
+    assert [step.routed_experts for step in steps[:2]] == [None, None]
+    experts = steps[2].routed_experts
+    assert (experts.n_tokens, experts.n_layers, experts.top_k) == (6, 2, 2)
+    stored = np.frombuffer(experts.expert_ids, dtype="<i2").reshape(6, 2, 2)
+    assert (stored == rows).all()
+
+
+def test_messages_without_experts_make_none() -> None:
+    steps = take(listening(), [output("a-0f0f0f0f", [5], finish_reason="length")])
+    assert (steps[0].time_ns, steps[0].routed_experts) == (1_500_000_000, None)
+
+
+def test_what_a_request_ended_with_is_never_taken_for_an_answer() -> None:
+    steps = take(listening(), [output("a-0f0f0f0f", [], finish_reason="abort")])
+    assert (steps[0].finish_reason, steps[0].error) == ("error", "vLLM ended the request: abort")
+
+
+class FakeCore:
+    """An engine core with one message to tell; then it ends, or is silent for ever."""
+
+    def __init__(self, message: Any, end: Exception | None = None) -> None:
+        self.message, self.end = message, end
+
+    async def get_output_async(self) -> Any:
+        message, self.message = self.message, None
+        if message is None:
+            if self.end is not None:
+                raise self.end
+            await asyncio.Event().wait()
+        return message
+
+
+def connected(core: FakeCore) -> Any:
+    """An adapter that listens to a core through a handler like vLLM's own."""
+    engine = listening()
+    engine.version, engine._asyncio = "0.32.0", asyncio.new_event_loop()
+    engine._arrived = asyncio.Event()
+    states = {"a-0f0f0f0f": SimpleNamespace(external_req_id="a")}
+    processor = SimpleNamespace(request_states=states)
+    engine._llm = SimpleNamespace(engine_core=core, output_processor=processor)
+    engine._listen(engine._llm)
+
+    async def handler() -> None:
+        with contextlib.suppress(Exception):  # vLLM's logs what it did not expect, and ends
+            while True:
+                await core.get_output_async()
+
+    engine._llm.output_handler = engine._asyncio.create_task(handler())
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("output_", "end", "words"),
+    [
+        (SimpleNamespace(request_id="a-0f0f0f0f"), None, ["0.32.0", "new_token_ids"]),
+        (None, RuntimeError("CUDA error"), ["engine core ended", "CUDA error"]),
+    ],
+    ids=["a message of another shape", "a core that ends"],
+)
+def test_what_cannot_go_on_is_told_and_does_not_hang(
+    output_: Any, end: Exception | None, words: list[str]
+) -> None:
+    message = SimpleNamespace(timestamp=1.0, outputs=[output_], scheduler_stats=None)
+    engine = connected(FakeCore(message if output_ is not None else None, end))
+    with pytest.raises(EngineDiedError) as death:
+        engine.poll()
+    engine._asyncio.close()
+    assert all(word in str(death.value) for word in words)
+
+
+def test_what_arrived_before_the_end_is_not_lost() -> None:
+    told = output("a-0f0f0f0f", [5, 6])
+    message = SimpleNamespace(timestamp=1.0, outputs=[told], scheduler_stats=None)
+    engine = connected(FakeCore(message, RuntimeError("gone")))
+    assert [list(step.token_ids) for step in engine.poll()] == [[5, 6]]
+    with pytest.raises(EngineDiedError, match="gone"):
+        engine.poll()
+    engine._asyncio.close()
+
+
+# ---------------------------------------------------------------- forgetting
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("answer", [True, None, False])
+def test_the_prefix_cache_is_dropped_where_there_is_one(
+    prefix_cache: bool, answer: bool | None
+) -> None:
+    engine = listening()
+    engine._settings = replace(engine._settings, prefix_cache=prefix_cache)
+    calls = []
+    engine._llm = SimpleNamespace(reset_prefix_cache=lambda: calls.append(1))
+    engine._run = lambda _: answer
+    if prefix_cache and answer is False:
+        with pytest.raises(UserError, match="prefix cache"):
+            engine.forget()
+    else:
+        engine.forget()
+    assert len(calls) == prefix_cache
+
+
+# ---------------------------------------------------------------- memory on a CPU
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "exported", "asked", "during"),
+    [
+        (True, None, None, "2"),  # vLLM would take nearly all memory
+        (True, "7", None, "7"),
+        (True, None, 1 << 30, None),
+        (False, None, None, None),
+        (False, "7", 1 << 30, "7"),
+    ],
+)
+def test_the_kv_cache_on_a_cpu_is_bounded_while_it_starts(
+    on_cpu: bool, exported: str | None, asked: int | None, during: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    platform_is(on_cpu, exported, monkeypatch)
+    arguments_ = {} if asked is None else {"kv_cache_memory_bytes": asked}
+    with _bounded_memory_on_cpu(arguments_):
+        assert os.environ.get(CPU_KV_CACHE) == during
+    assert os.environ.get(CPU_KV_CACHE) == exported
+
+
+def test_a_size_that_the_environment_overrides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform_is(True, "7", monkeypatch)
+    with (
+        pytest.raises(UserError, match=f"{CPU_KV_CACHE}=7 .*kv_cache_memory_bytes=5: unset one"),
+        _bounded_memory_on_cpu({"kv_cache_memory_bytes": 5}),
+    ):
+        pass
+
+
+def platform_is(on_cpu: bool, exported: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    platforms = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: on_cpu))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(platforms=platforms))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.delenv(CPU_KV_CACHE, raising=False)
+    if exported is not None:
+        monkeypatch.setenv(CPU_KV_CACHE, exported)
+
+
+def test_a_missing_vllm_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))  # what it sets ends with the test
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=r"vLLM cannot be imported .*pip install vllm"):
+        VllmEngine(EngineSettings("target"))
+
+
+# ---------------------------------------------------------------- why it did not start
+
+CORE = RuntimeError(
+    "Engine core initialization failed. See root cause above. "
+    "Failed core proc(s): {'EngineCore': 1}"
+)
+LOG = """(EngineCore pid=7) ERROR 11-22 08:57:28 [core.py:1510] EngineCore failed to start.
+(EngineCore pid=7) ERROR 11-22 08:57:28 [core.py:1510] ValueError: To serve at least one request \
+with the model's max seq len (4096), 0.5 GiB KV cache is needed.
+Process EngineCore:
+Traceback (most recent call last):
+  File "core.py", line 1, in run
+ValueError: To serve at least one request with the model's max seq len (4096), 0.5 GiB KV cache is \
+needed.
+"""
+
+
+def test_the_cause_is_taken_from_the_log_and_not_from_the_report_of_it() -> None:
+    assert (cause_in(LOG) or "").startswith("To serve at least one request with")
+    assert cause_in(LOG + f"RuntimeError: {CORE}\n") == cause_in(LOG)
+    assert cause_in("nothing of note\nKeyError: 'layers.9'") == "KeyError: 'layers.9'"
+    assert cause_in("all is well") is None
+
+
+def test_stderr_is_overheard_and_still_arrives(capfd: pytest.CaptureFixture[str]) -> None:
+    with Overheard() as overheard:
+        os.system("echo 'ValueError: from a child' >&2")
+    os.system("echo afterwards >&2")
+    assert overheard.cause() == "from a child"
+    err = capfd.readouterr().err
+    assert "ValueError: from a child" in err
+    assert "afterwards" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "words"),
+    [
+        (CORE, cause_in(LOG), ["max seq len (4096)", "--max_seq_len"]),
+        (CORE, None, ["its own log"]),
+        (RuntimeError(str(CORE).replace("': 1", "': -9")), "x", ["signal 9", "memory"]),
+        (ValueError("AuxOutput Connector requires Model Runner V2"), None, ["--capture_experts"]),
+        (CORE, "size mismatch for fc.weight", ["size mismatch", "draft checkpoint head", "EAGLE3"]),
+        (
+            ValueError(
+                "1 validation error for SpeculativeConfig\ndraft_sample_method\n"
+                "  Input should be 'greedy' or 'probabilistic' [type=literal_error, input='x']"
+            ),
+            None,
+            ["draft_sample_method: Input should be 'greedy' or 'probabilistic'"],
+        ),
+    ],
+)
+def test_why_it_did_not_start_is_one_sentence(
+    error: Exception, cause: str | None, words: list[str]
+) -> None:
+    found = why_no_start(error, cause, EngineSettings("target", "head", "EAGLE3"))
+    assert found.startswith("vLLM did not start: ")
+    assert "\n" not in found
+    assert all(word in found for word in words), found
+
+
+def test_a_message_that_lists_everything_is_cut() -> None:
+    error = ValueError(f"not supported. Supported: {', '.join(map(str, range(1000)))}")
+    assert len(why_no_start(error, None, EngineSettings("target"))) < 500
 
 
 # ---------------------------------------------------------------- alignment

@@ -1,7 +1,8 @@
-"""Real vLLM in its production layout, held against the closed form. Minutes, not seconds."""
+"""Real vLLM, its core in its own process, held against the closed form. Minutes, not seconds."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -26,6 +27,18 @@ from speedbench.types import Engine, EngineCounters, EngineInfo, Request, Step
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parent.parent
 EAGER = {"enforce_eager": True}
+ONE_THREAD = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1",
+}  # fmt: skip
+"""For models this small a second thread only waits, and pinned ones wait for other processes."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ONE_THREAD.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -64,11 +77,28 @@ def started(settings: RunConfig) -> Iterator[Any]:
         running.close()
 
 
+@dataclass(frozen=True)
+class Fresh:
+    """A vLLM with the word pair and K = 3, and the first run it did, without a warm-up."""
+
+    engine: Engine
+    run: store.Run
+    prepared: session.Prepared
+
+
 @pytest.fixture(scope="module")
-def engine(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """One vLLM with the word pair and K = 3, for every test that needs no other."""
-    with started(config(models, "word", tmp_path_factory.mktemp("none"))) as running:
-        yield running
+def fresh(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
+    directory = tmp_path_factory.mktemp("first") / "run"
+    settings = config(models, "word", directory, warmup=0, num_requests=22)
+    with started(settings) as running:
+        run, prepared, _ = measured(running, settings)
+        yield Fresh(running, run, prepared)
+
+
+@pytest.fixture(scope="module")
+def engine(fresh: Fresh) -> Engine:
+    """One vLLM for every test that needs no other."""
+    return fresh.engine
 
 
 def measured(
@@ -80,84 +110,126 @@ def measured(
     return store.load(directory), prepared, outcome
 
 
+def with_plugin() -> dict[str, str]:
+    path = [str(Path(__file__).parent / "vllm_cpu_fix"), str(ROOT)]
+    return {"PYTHONPATH": os.pathsep.join(path)}
+
+
 def calibrate_command(
-    eager_yaml: Path, save_dir: Path, *more: str, plugin: bool
+    eager_yaml: Path, save_dir: Path, *more: str
 ) -> tuple[int, list[tuple[str, int, int, str]], str]:
     """Exit code, (case, requests, steps, verdict) of every line, and all output."""
-    path = [str(Path(__file__).parent / "vllm_cpu_fix")] if plugin else []
     done = subprocess.run(
         [sys.executable, "-m", "speedbench", "calibrate", "--engine", "VLLM", "--runtime_params",
          str(eager_yaml), "--save_dir", str(save_dir), *more],
         capture_output=True, text=True, cwd=ROOT, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(ROOT)])},
+        env={**os.environ, **ONE_THREAD, **with_plugin()},
     )  # fmt: skip
-    lines = re.findall(r"^((?:word|bpe)-\S+)\s+(\d+)\s+(\d+)\s+(.+)$", done.stdout, re.MULTILINE)
+    form = r"^([a-z0-9_-]+-n\d+-o\d+-t\S+)\s+(\d+)\s+(\d+)\s+(.+)$"
+    lines = re.findall(form, done.stdout, re.MULTILINE)
     cases = [(name, int(n), int(steps), verdict) for name, n, steps, verdict in lines]
     return done.returncode, cases, done.stdout + done.stderr[-3000:]
 
 
+KNOWN = (
+    "none", "draft_target", "eagle", "eagle3", "eagle3-pruned", "mtp", "medusa", "pard", "dflash",
+    "ngram", "suffix",
+)  # fmt: skip
+"""What every installation of this vLLM on a CPU has, as its cases are named."""
+
+
 def test_every_step_of_every_request_is_the_known_one(eager_yaml: Path, tmp_path: Path) -> None:
-    """NONE, DRAFT_TARGET and NGRAM (K 1, 3, 5) at concurrency 1, 8, 64 and 5, 20, 128 tokens;
-    natural multi-turn prompts; and sampled, which this vLLM gets right only with the function that
-    its CPU build lacks (tests/vllm_cpu_fix)."""
-    code, cases, output = calibrate_command(eager_yaml, tmp_path / "calibrate", plugin=True)
+    """Every algorithm, one request at a time and 64 of them, from the shortest answers to ones of
+    many steps; natural multi-turn prompts; and sampled, which this vLLM gets right only with the
+    function that its CPU build lacks (tests/vllm_cpu_fix)."""
+    code, cases, output = calibrate_command(
+        eager_yaml, tmp_path / "calibrate", "--draft_length", "3",
+        "--concurrency", "1,64", "--output_length", "5,64",
+    )  # fmt: skip
     assert code == 0, output
-    # 9 cells for NONE and for each K of the two others; one sampled; one with natural prompts.
-    assert len(cases) == (1 + 3 + 3) * 9 + 1 + 1, output
     verdicts = {name: verdict for name, _, _, verdict in cases}
-    sampled = [name for name in verdicts if name.endswith("t1")]
-    assert sampled == ["word-draft_target-k5-n64-o128-t1"]
-    assert verdicts.pop(sampled[0]) == "within its interval"
-    assert set(verdicts.values()) == {"exact"}
+    assert verdicts.pop("draft_target-sampled-k3-n64-o64-t1") == "interval", output
+    assert verdicts.pop("draft_target-natural-k3-n8-o64-t0") == "exact", output
+    for label in KNOWN:
+        k = "" if label == "none" else "-k3"
+        mine = {f"{label}{k}-n{n}-o{length}-t0" for n in (1, 64) for length in (5, 64)}
+        assert mine <= verdicts.keys(), output
+        assert {verdicts[name] for name in mine} == {"exact"}, output
     assert all(requests >= 33 and steps > 0 for _, requests, steps, _ in cases)
 
 
-def test_an_engine_that_samples_wrongly_is_found_out(eager_yaml: Path, tmp_path: Path) -> None:
-    """Stock vLLM on a CPU: greedy is exact, sampling is not, and both are said."""
+def test_other_draft_lengths_are_known_too(eager_yaml: Path, tmp_path: Path) -> None:
     code, cases, output = calibrate_command(
-        eager_yaml, tmp_path / "calibrate", "--algorithm", "DRAFT_TARGET", "--draft_length", "3",
-        "--concurrency", "64", "--output_length", "64", plugin=False,
+        eager_yaml, tmp_path / "calibrate", "--algorithm", "DRAFT_TARGET,NGRAM",
+        "--draft_length", "1,5", "--concurrency", "8", "--output_length", "20",
     )  # fmt: skip
-    verdicts = {name: verdict for name, _, _, verdict in cases}
-    assert verdicts["word-draft_target-k3-n64-o64-t0"] == "exact", output
-    sampled = tmp_path / "calibrate" / "runs" / "word-draft_target-k3-n64-o64-t1"
-    assert code == 1
-    assert verdicts[sampled.name].startswith("FAULT"), output
-    errors = [c.sentence for c in summarize(store.load(sampled)).checks if c.level == "error"]
+    assert code == 0, output
+    names = {name for name, _, _, verdict in cases if verdict == "exact"}
+    assert names >= {f"{a}-k{k}-n8-o20-t0" for a in ("draft_target", "ngram") for k in (1, 5)}
+
+
+def test_an_engine_that_samples_wrongly_is_found_out(
+    engine: Engine, models: Path, tmp_path: Path
+) -> None:
+    """Stock vLLM on a CPU: greedy is exact (other tests), sampling is not, and that is said."""
+    settings = config(models, "word", tmp_path / "run", temperature=1.0, output_length=64)
+    run, prepared, _ = measured(engine, settings)
+    assert not calibrate.judge(run, prepared).ok
+    errors = [c.sentence for c in summarize(run).checks if c.level == "error"]
     assert any("uninitialised" in sentence for sentence in errors)
 
 
-@pytest.mark.parametrize(("warmup", "output_length"), [(0, 20), (None, 1)])
-def test_the_first_message_of_the_engine_is_recorded(
-    models: Path, tmp_path: Path, warmup: int | None, output_length: int
-) -> None:
+def test_the_first_message_of_the_engine_is_recorded(fresh: Fresh) -> None:
     """vLLM's own handler waits for the core from the start; nothing may pass it by."""
-    settings = config(
-        models, "word", tmp_path / "run", warmup=warmup, output_length=output_length,
-        num_requests=22, concurrency=4,
-    )  # fmt: skip
-    with started(settings) as running:
-        run, prepared, _ = measured(running, settings)
+    verdict = calibrate.judge(fresh.run, fresh.prepared)
+    assert verdict.ok, verdict.sentence
+
+
+def test_answers_of_one_token_are_recorded(engine: Engine, models: Path, tmp_path: Path) -> None:
+    settings = config(models, "word", tmp_path / "run", output_length=1, num_requests=22)
+    run, prepared, _ = measured(engine, settings)
     verdict = calibrate.judge(run, prepared)
     assert verdict.ok, verdict.sentence
 
 
-def test_a_message_that_is_not_as_expected_ends_the_run_and_does_not_hang(
+RUN_ALL = """
+import json, sys
+from speedbench.cli import main
+for argv in json.loads(sys.argv[1]):
+    print("exit code", main(argv))
+"""
+
+
+def test_what_vllm_refuses_at_the_start_is_one_sentence_and_leaves_no_process(
     models: Path, tmp_path: Path
 ) -> None:
-    settings = config(models, "word", tmp_path / "run", num_requests=22, warmup=0)
-    prepared = session.prepare(settings)
-
-    def broken(*_: object) -> None:
-        raise AttributeError("'EngineCoreOutput' has no attribute 'new_token_ids'")
-
-    with started(settings) as running:
-        running._take = broken
-        target = session.Target(Path(settings.save_dir or ""))
-        outcome = session.measure(settings, prepared, running, target)
-    assert outcome.end.reason == "engine died"
-    assert "new_token_ids" in outcome.end.message
-    assert store.read_manifest(tmp_path / "run")["status"] == "failed"
+    """The causes are told by processes that are gone by then: a cache too small for one request,
+    and a draft model that is no EAGLE3 head."""
+    small = tmp_path / "small.yaml"
+    small.write_text("engine_args: {enforce_eager: true, kv_cache_memory_bytes: 1048576}\n")
+    run = ["run", "--engine", "VLLM", "--model_dir", str(models / "word/target"), "--dataset",
+           "calibration", "--runtime_params", str(small)]  # fmt: skip
+    head = ["--speculative_algorithm", "EAGLE3", "--draft_model_dir", str(models / "word/draft")]
+    environment = {**os.environ, **ONE_THREAD, **with_plugin()}
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override what is asked for
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN_ALL,
+         json.dumps([[*run, "--save_dir", str(tmp_path / "a")],
+                     [*run, *head, "--save_dir", str(tmp_path / "b")]])],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    out, err = process.communicate(timeout=300)
+    assert re.findall(r"^exit code (\d+)$", out, re.MULTILINE) == ["2", "2"], err[-3000:]
+    too_small, unfit = re.findall(r"^speedbench: (vLLM did not start: .*)$", err, re.MULTILINE)
+    assert "KV cache" in too_small
+    assert "lower --max_seq_len" in too_small
+    assert f"{models / 'word/draft'} is made for EAGLE3" in unfit
+    left = subprocess.run(
+        ["ps", "-o", "pid=,args=", "-s", str(process.pid)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert left.stdout.strip() == ""
 
 
 def test_acceptance_lengths_and_counters_agree_with_the_closed_form(
@@ -205,6 +277,9 @@ class Faulty:
 
     def describe(self) -> EngineInfo:
         return self.engine.describe()
+
+    def forget(self) -> None:
+        self.engine.forget()
 
     def close(self) -> None:
         pass

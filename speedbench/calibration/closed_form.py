@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from speedbench.calibration.suffix import SuffixText
 from speedbench.types import Algorithm, UserError
 
 KNOWN_ANSWER_FILE = "known_answer.json"
@@ -24,10 +25,12 @@ CHAINED: tuple[Algorithm, ...] = ("DRAFT_TARGET", "EAGLE", "EAGLE3", "MTP", "MED
 """Algorithms that propose g(x), g(g(x)), ... after the last token x."""
 MASKED: tuple[Algorithm, ...] = ("PARD", "DFLASH")
 """Algorithms that ask for all drafts at once, masks in the place of those not known yet."""
-ALGORITHMS: tuple[Algorithm, ...] = ("NONE", *CHAINED, *MASKED, "NGRAM")
+ALGORITHMS: tuple[Algorithm, ...] = ("NONE", *CHAINED, *MASKED, "NGRAM", "SUFFIX")
 """Algorithms whose steps are known here."""
-NGRAM_ENGINES = ("VLLM",)
-"""Engines whose lookup depends on a request's own tokens only, in a way that is written down."""
+LOOKUP_ENGINES: Mapping[Algorithm, tuple[str, ...]] = {"NGRAM": ("VLLM", "HF"), "SUFFIX": ("VLLM",)}
+"""Engines whose way to look up a request's own tokens is written down here."""
+Propose = Callable[[list[int], int], list[int]]
+"""(prompt and output so far, tokens still allowed) -> draft"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class Case:
     """How a prompt is decoded: everything besides the prompt and the functions f and g.
 
     `ngram_min` and `ngram_max` bound the length of the looked-up n-gram (NGRAM only), which every
-    engine looks up in its own way.
+    engine looks up in its own way. `shared_lookup`: what other requests said is looked up, too.
     """
 
     algorithm: Algorithm
@@ -79,16 +82,22 @@ class Case:
     ngram_min: int = 1
     ngram_max: int = 1
     engine: str = "VLLM"
+    shared_lookup: bool = False
 
     @property
     def is_known(self) -> bool:
         """Whether every step of such a request follows from its prompt."""
-        if self.algorithm == "NGRAM":
-            return self.engine in NGRAM_ENGINES
+        if self.algorithm in LOOKUP_ENGINES:
+            return self.engine in LOOKUP_ENGINES[self.algorithm] and not self.shared_lookup
         return self.algorithm in ALGORITHMS
 
     def steps(self, known: KnownAnswer, prompt_ids: Sequence[int]) -> list[ExpectedStep]:
-        """The steps of one request."""
+        """The steps of one request. Raises UserError where they are not known."""
+        if not self.is_known:
+            raise UserError(
+                f"{self.algorithm} on {self.engine} has no known answer: calibrate with "
+                f"{', '.join(ALGORITHMS)} where the engine looks up a request's own tokens only"
+            )
         if self.algorithm == "NONE":
             return plain_steps(prompt_ids, known.target_next, self.max_tokens, self.stop_ids)
         if self.algorithm in MASKED and known.after_mask is not None:
@@ -102,7 +111,8 @@ class Case:
                 self.stop_ids,
             )
         if self.algorithm in CHAINED:
-            return draft_target_steps(
+            of_engine = hf_draft_target_steps if self.engine == "HF" else draft_target_steps
+            return of_engine(
                 prompt_ids,
                 known.target_next,
                 known.draft_next,
@@ -111,7 +121,8 @@ class Case:
                 self.stop_ids,
             )
         if self.algorithm == "NGRAM":
-            return ngram_steps(
+            lookup = hf_ngram_steps if self.engine == "HF" else ngram_steps
+            return lookup(
                 prompt_ids,
                 known.target_next,
                 self.draft_length,
@@ -119,6 +130,10 @@ class Case:
                 self.ngram_max,
                 self.max_tokens,
                 self.stop_ids,
+            )
+        if self.algorithm == "SUFFIX":
+            return suffix_steps(
+                prompt_ids, known.target_next, self.draft_length, self.max_tokens, self.stop_ids
             )
         raise UserError(
             f"{self.algorithm} has no known answer: calibrate with {', '.join(ALGORITHMS)}"
@@ -160,7 +175,7 @@ def draft_target_steps(
 ) -> list[ExpectedStep]:
     """A drafter iterates g from the last token. Only the last prompt token matters."""
 
-    def propose(context: list[int]) -> list[int]:
+    def propose(context: list[int], _remaining: int) -> list[int]:
         draft = [draft_next[context[-1]]]
         while len(draft) < draft_length:
             draft.append(draft_next[draft[-1]])
@@ -180,7 +195,7 @@ def parallel_draft_steps(
 ) -> list[ExpectedStep]:
     """A drafter asked for all drafts at once sees the last token and K - 1 masks behind it."""
 
-    def propose(context: list[int]) -> list[int]:
+    def propose(context: list[int], _remaining: int) -> list[int]:
         return [draft_next[context[-1]], *[after_mask] * (draft_length - 1)]
 
     return _steps(prompt_ids, target_next, propose, max_tokens, stop_ids)
@@ -193,7 +208,7 @@ def plain_steps(
     stop_ids: Collection[int],
 ) -> list[ExpectedStep]:
     """Autoregressive decoding: one token a step."""
-    return _steps(prompt_ids, target_next, lambda _: [], max_tokens, stop_ids)
+    return _steps(prompt_ids, target_next, lambda _context, _remaining: [], max_tokens, stop_ids)
 
 
 def ngram_steps(
@@ -207,22 +222,90 @@ def ngram_steps(
 ) -> list[ExpectedStep]:
     """vLLM's prompt lookup: what followed the earliest occurrence of the longest known suffix."""
 
-    def propose(context: list[int]) -> list[int]:
-        text = "".join(map(chr, context))
-        for n in range(min(ngram_max, len(text)), ngram_min - 1, -1):
-            # Something must follow the occurrence, so it ends before the last token.
-            start = text.find(text[-n:], 0, len(text) - 1)
-            if start >= 0:
-                return context[start + n : start + n + draft_length]
-        return []
+    def propose(context: list[int], _remaining: int) -> list[int]:
+        return _looked_up(context, ngram_min, ngram_max, draft_length)
 
     return _steps(prompt_ids, target_next, propose, max_tokens, stop_ids)
+
+
+def suffix_steps(
+    prompt_ids: Sequence[int],
+    target_next: Sequence[int],
+    draft_length: int,
+    max_tokens: int,
+    stop_ids: Collection[int],
+) -> list[ExpectedStep]:
+    """Suffix decoding that keeps nothing of other requests."""
+    text = SuffixText()
+
+    def propose(context: list[int], _remaining: int) -> list[int]:
+        text.extend(context[text.n_tokens :])
+        return text.draft(draft_length)
+
+    return _steps(prompt_ids, target_next, propose, max_tokens, stop_ids)
+
+
+def hf_draft_target_steps(
+    prompt_ids: Sequence[int],
+    target_next: Sequence[int],
+    draft_next: Sequence[int],
+    draft_length: int,
+    max_tokens: int,
+    stop_ids: Collection[int],
+) -> list[ExpectedStep]:
+    """transformers' draft model: it drafts no more than may still be shown, and ends its draft at
+    the first stop token, which it proposes."""
+
+    def propose(context: list[int], remaining: int) -> list[int]:
+        draft: list[int] = []
+        token = context[-1]
+        for _ in range(min(draft_length, remaining - 1)):
+            token = draft_next[token]
+            draft.append(token)
+            if token in stop_ids:
+                break
+        return draft
+
+    return _steps(prompt_ids, target_next, propose, max_tokens, stop_ids)
+
+
+def hf_ngram_steps(
+    prompt_ids: Sequence[int],
+    target_next: Sequence[int],
+    draft_length: int,
+    ngram_min: int,
+    ngram_max: int,
+    max_tokens: int,
+    stop_ids: Collection[int],
+) -> list[ExpectedStep]:
+    """transformers' prompt lookup: what was found ends before its first stop token, and nothing is
+    looked up for the last token that may be shown."""
+
+    def propose(context: list[int], remaining: int) -> list[int]:
+        if remaining == 1:
+            return []
+        draft = _looked_up(context, ngram_min, min(ngram_max, len(context) - 1), draft_length)
+        stop = next((i for i, token in enumerate(draft) if token in stop_ids), None)
+        return draft[:stop]
+
+    return _steps(prompt_ids, target_next, propose, max_tokens, stop_ids)
+
+
+def _looked_up(context: list[int], ngram_min: int, ngram_max: int, n_tokens: int) -> list[int]:
+    """What followed the earliest occurrence of the longest suffix that occurred before."""
+    text = "".join(map(chr, context))
+    for n in range(min(ngram_max, len(text)), ngram_min - 1, -1):
+        # Something must follow the occurrence, so it ends before the last token.
+        start = text.find(text[-n:], 0, len(text) - 1)
+        if start >= 0:
+            return context[start + n : start + n + n_tokens]
+    return []
 
 
 def _steps(
     prompt_ids: Sequence[int],
     target_next: Sequence[int],
-    propose: Callable[[list[int]], list[int]],
+    propose: Propose,
     max_tokens: int,
     stop_ids: Collection[int],
 ) -> list[ExpectedStep]:
@@ -246,7 +329,7 @@ def _steps(
         if stop is not None:
             break
         context += kept
-        draft = propose(context)
+        draft = propose(context, end - len(context)) if len(context) < end else []
     return steps
 
 
@@ -284,6 +367,24 @@ def next_token_logits(model_dir: Path) -> NDArray[np.float64]:
     return np.asarray(normed @ head.T, dtype=np.float64)
 
 
+def overlap_probabilities(
+    target_dir: Path, draft_dir: Path, temperature: float, draft_temperature: float
+) -> NDArray[np.float64]:
+    """(V,) probability that a sampled draft token after x is accepted, for every context token x.
+
+    A draft from q is accepted with min(1, p/q), so sum over y of min(p(y), q(y)) in all
+    (Leviathan et al. 2023, arXiv 2211.17192, section 3.2). Holds without top-p and top-k.
+    """
+    p = _softmax(next_token_logits(target_dir) / temperature)
+    q = _softmax(next_token_logits(draft_dir) / draft_temperature)
+    return np.asarray(np.minimum(p, q).sum(axis=1), dtype=np.float64)
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
 def acceptance_probabilities(
     target_dir: Path, draft_dir: Path, temperature: float
 ) -> NDArray[np.float64]:
@@ -297,7 +398,5 @@ def acceptance_probabilities(
     logits = next_token_logits(target_dir)
     if temperature == 0:
         return np.asarray(logits.argmax(axis=1) == draft_next, dtype=np.float64)
-    logits = (logits - logits.max(axis=1, keepdims=True)) / temperature
-    weights = np.exp(logits)
-    chosen = weights[np.arange(len(weights)), draft_next]
-    return np.asarray(chosen / weights.sum(axis=1), dtype=np.float64)
+    p = _softmax(logits / temperature)
+    return np.asarray(p[np.arange(len(p)), draft_next], dtype=np.float64)

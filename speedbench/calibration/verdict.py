@@ -458,6 +458,8 @@ def judge_sampled(
     draft_length: int,
     level: float = 0.999,
     expected_requests: Collection[tuple[str, int]] | None = None,
+    *,
+    drafts_are_sampled: bool = False,
 ) -> Verdict:
     """DRAFT_TARGET with sampling: at every draft position acceptances must be as many as likely.
 
@@ -465,6 +467,9 @@ def judge_sampled(
     token x is accepted with probability a(x). The chain of drafts is x, g(x), g(g(x)), ..., so the
     tokens of a step show which drafts were accepted: one that was not cannot be emitted in its
     place. A correct engine passes with probability `level`, all positions together.
+
+    Sampled drafts are no known chain: `probabilities` are then `overlap_probabilities`, and how
+    many drafts were accepted is what the engine tells.
     """
     n_steps = sum(len(request.n_tokens) for request in observed)
 
@@ -487,8 +492,9 @@ def judge_sampled(
         return verdict(*found)
     longest = max((n for request in observed for n in request.n_tokens[1:]), default=0)
     trials = _Trials([[] for _ in range(draft_length)], [0] * draft_length, longest)
+    add = trials.add_sampled if drafts_are_sampled else trials.add
     for request in observed:
-        if found := trials.add(request, known, probabilities):
+        if found := add(request, known, probabilities):
             return verdict(*found)
     n_positions = sum(1 for position in trials.chances if position)
     if n_positions == 0:
@@ -549,6 +555,35 @@ class _Trials:
     chances: list[list[float]]
     n_accepted: list[int]
     longest: int  # tokens of the longest decode step of the run
+
+    def add_sampled(
+        self, request: ObservedRequest, _known: KnownAnswer, probabilities: NDArray[np.float64]
+    ) -> tuple[Fault, str] | None:
+        """Count a request's drafts by what is told: position k was tried if those before it were
+        accepted. Each context is a token that was emitted."""
+        start = 0
+        rows = zip(request.n_tokens, request.accepted, request.drafted, strict=True)
+        for i, (n, accepted, drafted) in enumerate(rows):
+            context = [*request.output_ids[max(0, start - 1) : start + n]]
+            start += n
+            where = f"{request.name}, step {i}: {n} tokens, accepted {accepted}, drafted {drafted}"
+            if request.engine_steps[i] > 1:
+                return "merged events", f"{where}."
+            if i == 0:
+                if n != 1 or accepted > 0 or drafted > 0:
+                    return "prefill counted", f"{where}, expected one token and no draft."
+                continue
+            is_final = i == len(request.n_tokens) - 1
+            if accepted == UNKNOWN or drafted == UNKNOWN:
+                return "steps differ", f"{where}: the engine tells no counts."
+            if drafted > len(self.chances):
+                return "off-by-one K", f"{where}, asked was K={len(self.chances)}."
+            if accepted > drafted or (accepted != n - 1 and not (is_final and accepted >= n - 1)):
+                return "steps differ", f"{where}."
+            for k in range(min(accepted + 1, drafted, n)):  # later contexts were not shown
+                self.chances[k].append(float(probabilities[context[k]]))
+                self.n_accepted[k] += k < accepted
+        return None
 
     def add(
         self, request: ObservedRequest, known: KnownAnswer, probabilities: NDArray[np.float64]

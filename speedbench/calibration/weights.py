@@ -212,9 +212,7 @@ def mtp(
     return weights | {f"{prefix}input_proj.weight": joined}
 
 
-def dflash(
-    table: NDArray[np.float32], function: Sequence[int], mask: int, n_heads: int
-) -> Weights:
+def dflash(table: NDArray[np.float32], function: Sequence[int], mask: int, n_heads: int) -> Weights:
     """DFlash: all drafts of a block at once, each place seeing the one before it.
 
     The block is the last token and K masks. Attention copies NOW of the place before, which is

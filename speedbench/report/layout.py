@@ -14,6 +14,7 @@ from typing import Any, Literal
 from speedbench.checks import Check
 from speedbench.report.pair import PairSummary, significant
 from speedbench.report.summary import DEFINITIONS, Figure, Summary
+from speedbench.store import n_replicas_of
 
 Style = Literal["plain", "error", "warning", "note"]
 
@@ -133,10 +134,16 @@ def title(summary: Summary) -> str:
         f"target {_base_name(config.get('model_dir'))}",
         *([f"drafter {_base_name(drafter)}"] if drafter else []),
         f"dataset {summary.manifest['dataset']['name']}",
-        f"concurrency {config['concurrency']}",
+        f"concurrency {config['concurrency']}" + _times_replicas(summary.manifest),
+        *([f"shard {config['shard']}"] if config.get("shard") else []),
         summary.manifest["status"],
     ]
     return ", ".join(parts)
+
+
+def _times_replicas(manifest: Mapping[str, Any]) -> str:
+    n = n_replicas_of(manifest)
+    return f" in each of {n} replicas" if n > 1 else ""
 
 
 def _base_name(path: str | None) -> str:
@@ -549,10 +556,33 @@ def _provenance(summary: Summary) -> Facts:
         "gpus": _counted(machine.get("gpus") or ()) or "none",
         "git": _plain(machine.get("git")) or "not a checkout",
         "command": shlex.join(machine.get("argv") or ()),
-        "sessions": ", ".join(str(s.get("started_at")) for s in manifest["sessions"]),
+        "sessions": ", ".join(_starts(manifest["sessions"])),
+        "replicas": _replicas(manifest),
         "run": summary.run_dir,
     }
     return Facts(tuple((name, str(text), "plain") for name, text in facts.items() if text))
+
+
+def _starts(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """When each session began; of replicas, when the first did."""
+    starts: dict[int, str] = {}
+    for session in sessions:
+        starts.setdefault(session["session"], str(session.get("started_at")))
+    return list(starts.values())
+
+
+def _replicas(manifest: Mapping[str, Any]) -> str:
+    """Where each replica of the last session ran; nothing of one alone."""
+    if n_replicas_of(manifest) == 1:
+        return ""
+    last = max(session["session"] for session in manifest["sessions"])
+    return "; ".join(
+        f"{session.get('replica', 0)} on {session.get('hostname', 'an unknown host')}"
+        + (f", GPUs {session['devices']}" if session.get("devices") else "")
+        + (f", {session['n_cpus']} CPUs" if session.get("n_cpus") else "")
+        for session in manifest["sessions"]
+        if session["session"] == last or manifest.get("merged")
+    )
 
 
 def _pairs(values: Mapping[str, Any], names: Sequence[str] | None = None) -> str:

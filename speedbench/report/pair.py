@@ -12,7 +12,7 @@ from speedbench import metrics, stats
 from speedbench.checks import Check
 from speedbench.columns import Floats
 from speedbench.report.summary import Figure, Summary, summarize
-from speedbench.store import Run
+from speedbench.store import Run, n_replicas_of
 from speedbench.types import UserError
 
 MUST_AGREE = ("output_length", "temperature", "top_p", "top_k", "ignore_eos", "concurrency")
@@ -127,6 +127,10 @@ def _speedup(value: float, interval: Floats) -> Figure:
 
 
 def _system(base: Summary, spec: Summary) -> Figure:
+    n_base, n_spec = (n_replicas_of(arm.manifest) for arm in (base, spec))
+    if n_base != n_spec:
+        differ = f"the baseline has {n_base} replica(s), the speculative run {n_spec}"
+        return Figure(None, why_not=differ)
     mine, theirs = base.output_tps_steady, spec.output_tps_steady
     if mine.value and theirs.value:
         return Figure(theirs.value / mine.value, why_not="one throughput of each run")
@@ -243,6 +247,7 @@ def _comparable(manifest: Mapping[str, Any]) -> dict[str, Any]:
             for name, value in engine.get("settings", {}).items()
             if name not in CHANGED_BY_SPECULATION
         },
+        "the number of replicas": n_replicas_of(manifest),
         "the GPU": [g.get("name") if isinstance(g, dict) else g for g in machine.get("gpus") or ()],
         "the CPU": machine.get("cpu"),
     }

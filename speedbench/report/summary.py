@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from speedbench import metrics, stats
-from speedbench.checks import Check, all_checks
+from speedbench.checks import Check, all_checks, counted
 from speedbench.columns import Floats
 from speedbench.store import Run, expected_conversations
 
@@ -89,7 +89,7 @@ def summarize(run: Run) -> Summary:
     """Compute every number from the run's records alone."""
     manifest, columns = run.manifest, run.columns
     k = int(manifest["engine"]["draft_length"])
-    counts = metrics.acceptance(columns, k)
+    counts = counted(run)
     once = metrics.acceptance_lengths(counts, np.ones((1, len(counts.category))))
     weights = stats.bootstrap_weights(counts.category)
     resampled = metrics.acceptance_lengths(counts, weights)
@@ -307,33 +307,30 @@ def _engine_length(manifest: Mapping[str, Any]) -> Figure:
 def _throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
     """Output TPS over the whole run, over the steady window (with its seconds), and per GPU."""
     sessions = run.manifest.get("sessions", [])
-    why = ""
-    if len(sessions) != 1:
-        why = f"throughput is not pooled over {len(sessions)} sessions"
-    elif sessions[0].get("ended_ns") is None:
-        why = "the session did not end in order"
-    elif sessions[0].get("n_uncommitted"):
-        why = "conversations were in flight at the end, and their tokens are not in the records"
-    elif run.damage:
-        why = "a part of the records cannot be read"
-    if why:
+    numbers = {session["session"] for session in sessions}
+    if why := _why_no_throughput(run, len(numbers)):
         return (
             Figure(None, why_not=why),
             (Figure(None, why_not=why), None),
             Figure(None, why_not=why),
         )
-    session, config = sessions[0], run.manifest["config"]
-    number = session["session"]
-    whole = metrics.whole_window(
-        run.columns, number, session["started_ns"], session["ended_ns"]
-    ).output_tps
-    n_gpus = int(config["tp_size"]) * int(config["pp_size"]) * int(config["dp_size"])
-    window = metrics.steady_window(run.columns, number, config["concurrency"])
-    steady = (
-        (Figure(None, why_not="there were no more conversations than slots"), None)
-        if window is None
-        else (Figure(window.output_tps), window.duration_s)
-    )
+    number, config = numbers.pop(), run.manifest["config"]
+    spans, why = _spans(run.manifest)
+    window = metrics.steady_window(run.columns, number, spans, config["concurrency"])
+    if why:
+        steady: tuple[Figure, float | None] = (Figure(None, why_not=why), None)
+    elif window is None:
+        short = "there were no more conversations than slots"
+        if len(spans) > 1:
+            short = "the replicas never had all their slots filled at the same time"
+        steady = (Figure(None, why_not=short), None)
+    else:
+        steady = (Figure(window.output_tps), window.duration_s)
+    if run.manifest.get("merged"):
+        apart = "the merged jobs did not start together: only a steady window can be common"
+        return Figure(None, why_not=why or apart), steady, Figure(None, why_not=why or apart)
+    whole = metrics.whole_window(run.columns, number, spans).output_tps
+    n_gpus = int(config["tp_size"]) * int(config["pp_size"]) * int(config["dp_size"]) * len(spans)
     engine = run.manifest["engine"]
     if not run.manifest["environment"].get("gpus"):
         per_gpu = Figure(None, why_not="no GPU was found on this machine")
@@ -342,3 +339,36 @@ def _throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
     else:
         per_gpu = Figure(whole / n_gpus)
     return Figure(whole), steady, per_gpu
+
+
+def _why_no_throughput(run: Run, n_sessions: int) -> str:
+    """Why the records cannot support a throughput; '' if they can."""
+    sessions = run.manifest.get("sessions", [])
+    if n_sessions != 1:
+        return f"throughput is not pooled over {n_sessions} sessions"
+    if any(session.get("ended_ns") is None for session in sessions):
+        return "the session did not end in order"
+    if any(session.get("n_uncommitted") for session in sessions):
+        return "conversations were in flight at the end, and their tokens are not in the records"
+    if run.damage:
+        return "a part of the records cannot be read"
+    failed = [s["replica"] for s in sessions if len(sessions) > 1 and s.get("end") != "finished"]
+    return f"replica {failed[0]} did not measure its share" if failed else ""
+
+
+def _spans(manifest: Mapping[str, Any]) -> tuple[list[metrics.Span], str]:
+    """When each replica measured, on a common clock, and why there is none ('' if there is)."""
+    sessions = manifest["sessions"]
+    one_clock = len({session.get("clock") for session in sessions}) == 1
+    met = not manifest.get("merged") and all(s.get("met_ns") is not None for s in sessions)
+    known = len(sessions) == 1 or met or (one_clock and sessions[0].get("clock"))
+    spans = [
+        metrics.Span(
+            session.get("replica", 0),
+            session["started_ns"],
+            session["ended_ns"],
+            0 if one_clock or not met else session["met_ns"],
+        )
+        for session in sessions
+    ]
+    return spans, "" if known else "the merged jobs have no clock in common"
