@@ -152,7 +152,12 @@ class SglangEngine:
     versions = "0.5.12 to 0.5.23"
     support: Mapping[Algorithm, Support] = {
         "NONE": Support("real", "0.5.23, CPU"),
-        "DRAFT_TARGET": Support("real", "0.5.23, CPU"),
+        "DRAFT_TARGET": Support(
+            "real",
+            "0.5.23, CPU",
+            "its draft model never sees the first prompt token, so even a copy of the target is "
+            "not always right; the known answers depend on the last token only",
+        ),
         "EAGLE": Support("real", "0.5.23, CPU"),
         "EAGLE3": Support("real", "0.5.23, CPU", "a pruned draft vocabulary, too"),
         "MTP": Support("real", "0.5.23, CPU", "with one head, which drafts all K tokens"),
@@ -168,6 +173,11 @@ class SglangEngine:
         "PARD": Support("absent", note="SGLang has no parallel draft model"),
     }
     owns_ranks = False
+    node_args: Mapping[str, str] = {
+        "n_nodes": "nnodes",
+        "node_rank": "node_rank",
+        "address": "dist_init_addr",
+    }
     max_concurrency: int | None = None
     flag_of: Mapping[str, str] = {
         "model_path": "model_dir",

@@ -6,7 +6,7 @@
 setup() {
     local venv=$1 python stamp want lock
     shift
-    local PATH="$(pwd)/$venv/bin:$PATH" # what is built here finds cmake and ninja of the lock file
+    local PATH=$PWD/$venv/bin:$PATH # what is built here finds cmake and ninja of the lock file
     python=$(command -v python3.11 || command -v python3)
     want=$(cat "$@" setup.cfg | sha256sum | cut -d' ' -f1)
     stamp=$venv/installed

@@ -10,6 +10,7 @@ from typing import Any
 from speedbench import session, store
 from speedbench.calibration import checkpoints, closed_form, verdict
 from speedbench.calibration.closed_form import KNOWN_ANSWER_FILE, Case
+from speedbench.calibration.sglang_trie import sglang_ngram_steps
 from speedbench.config import RunConfig, from_dict
 from speedbench.types import Algorithm, Engine, EngineSettings, UserError
 
@@ -75,7 +76,8 @@ def case_of(run: store.Run, stop_ids: Sequence[int]) -> Case:
         stop_ids=() if config["ignore_eos"] else tuple(stop_ids),
         ngram_min=int(engine["settings"].get("ngram_min", 1)),
         ngram_max=int(engine["settings"].get("ngram_max", 1)),
-        shared_lookup=engine["settings"].get("suffix_decoding_max_cached_requests", 0) != 0,
+        shared_lookup=config["speculative_algorithm"] == "SUFFIX"
+        and engine["settings"].get("suffix_decoding_max_cached_requests") != 0,
     )
 
 
@@ -88,6 +90,8 @@ def judge(run: store.Run, prepared: session.Prepared, case: Case | None = None) 
     case = case or case_of(run, prepared.stop_token_ids)
     asked = {(row.id, turn) for row in prepared.rows for turn in range(row.n_turns)}
     if config["temperature"] == 0:
+        if case.engine == "SGLANG" and case.algorithm == "NGRAM" and _one_after_another(run):
+            return _judge_trie(run, found, known, case, asked)
         if not case.is_known:
             return verdict.judge_consistent(found, known, case, asked)
         outcome = verdict.judge_greedy(found, known, case, asked)
@@ -116,6 +120,36 @@ def judge(run: store.Run, prepared: session.Prepared, case: Case | None = None) 
         asked,
         drafts_are_sampled=is_sampled,
     )
+
+
+def _one_after_another(run: store.Run) -> bool:
+    """Whether one engine answered all requests, one at a time, from an empty trie."""
+    sessions = run.manifest["sessions"]
+    return run.manifest["config"]["concurrency"] == 1 and len(sessions) == 1 and run.n_retried == 0
+
+
+def _judge_trie(
+    run: store.Run,
+    found: Sequence[verdict.ObservedRequest],
+    known: closed_form.KnownAnswer,
+    case: Case,
+    asked: Collection[tuple[str, int]],
+) -> verdict.Verdict:
+    """SGLang's n-gram trie is shared by all requests, but what it learned in which order is known
+    where they came one after another."""
+    submitted = run.turns.take(run.used)["submitted_ns"].to_pylist()
+    order = sorted(range(len(found)), key=submitted.__getitem__)
+    in_order = [found[i] for i in order]
+    steps = list(
+        sglang_ngram_steps(
+            [request.prompt_ids for request in in_order],
+            known.target_next,
+            case.draft_length,
+            case.max_tokens,
+            case.stop_ids,
+        )
+    )
+    return verdict.judge_greedy(in_order, known, case, asked, steps)
 
 
 def _known(config: Mapping[str, Any]) -> closed_form.KnownAnswer:

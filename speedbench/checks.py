@@ -351,7 +351,8 @@ def _rates(run: Run) -> Iterator[Check]:
     counts = counted(run)
     # Where an n-gram miss looks like a rejected draft, a low first position is no fault.
     lookup = run.manifest["config"]["speculative_algorithm"] in LOOKUP
-    if lookup and not counts.told_apart:
+    padded = run.manifest["engine"]["settings"].get("pads_drafts")
+    if lookup and (padded or not counts.told_apart):
         return
     shown = (counts.whole_verify if counts.told_apart else counts.whole).sum(axis=0)
     shown = shown + (counts.cut_verify if counts.told_apart else counts.cut).sum(axis=0)

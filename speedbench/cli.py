@@ -1,4 +1,4 @@
-"""The command line: run, report, calibrate, engines. The only module that prints."""
+"""The command line: run, report, calibrate, engines; what data there is, is in cli_data."""
 
 from __future__ import annotations
 
@@ -77,6 +77,8 @@ def _dispatch(argv: list[str], prog: str) -> int:
         "report": _report,
         "calibrate": _calibrate,
         "engines": _engines,
+        "prepare": _prepare,
+        "data": _data,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(ABOUT.format(prog=f"{prog} run"))
@@ -913,6 +915,21 @@ def _numbers(flag: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise UserError(f"{flag} is '{text}': expected whole numbers from 1, comma-separated")
     return numbers
+
+
+# ---------------------------------------------------------------- data
+
+
+def _prepare(argv: list[str], prog: str) -> int:
+    from speedbench.cli_data import prepare_command
+
+    return prepare_command(argv, prog)
+
+
+def _data(argv: list[str], prog: str) -> int:
+    from speedbench.cli_data import data_command
+
+    return data_command(argv, prog)
 
 
 # ---------------------------------------------------------------- engines

@@ -8,11 +8,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from speedbench.types import Algorithm, EngineSettings, Sampling, UserError
 
-DatasetName = Literal["speed", "specbench", "mtbench", "random", "jsonl", "mini", "calibration"]
+DATASETS = ("speed", "specbench", "mtbench", "random", "jsonl", "mini", "calibration")
+
+BUCKETS = ("1k", "2k", "8k", "16k", "32k")
+SPEED_CONFIGS = ("qualitative", *(f"throughput_{bucket}" for bucket in BUCKETS))
+SPEED_CATEGORIES: Mapping[str, int] = dict.fromkeys(
+    ("coding", "humanities", "math", "multilingual", "qa", "rag", "reasoning", "roleplay", "stem",
+     "summarization", "writing"),
+    80,
+)  # fmt: skip
+SPEED_TIERS: Mapping[str, int] = dict.fromkeys(("low_entropy", "mixed", "high_entropy"), 512)
+"""Rows per category of SPEED-Bench's qualitative configuration, and of each throughput bucket."""
+
+SPEED_PREFIX = "speed_bench_"
+PRESETS: Mapping[str, int | None] = {"ci": 88, "short": 264, "full": None}
+"""Rows of a preset, spread evenly over the categories: 8 and 24 of each of the eleven, or all."""
 
 NEEDS_DRAFT_MODEL = ("EAGLE3", "EAGLE", "DRAFT_TARGET", "MEDUSA", "PARD", "DFLASH")
 """Algorithms that cannot run without a second checkpoint (MTP may keep its head in the target)."""
@@ -21,6 +43,7 @@ NOT_IDENTITY = frozenset({"save_dir", "show_progress", "max_duration"})
 """Fields that may differ between a run and its resumption: they change nothing measured."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smh]?)")
+_SHARD = re.compile(r"(\d+)/(\d+)")
 
 
 def _seconds(value: object) -> object:
@@ -71,8 +94,19 @@ class RunConfig(BaseModel):
         "speculation", "block size of a block-diffusion drafter (DFLASH)", None, ge=1
     )
 
-    dataset: DatasetName = _flag("data", "what is asked", "mini")
+    dataset: str = _flag(
+        "data",
+        f"what is asked: {', '.join(DATASETS)}, or a part of SPEED-Bench by the name that AIPerf "
+        "gives it, such as speed_bench_coding or speed_bench_throughput_1k_low_entropy",
+        "mini",
+    )
     dataset_path: str | None = _flag("data", "file or folder of the dataset", None)
+    speed_config: str | None = _flag(
+        "data",
+        f"configuration of --dataset speed: {', '.join(SPEED_CONFIGS)} (default: qualitative, or "
+        "the file that --dataset_path names)",
+        None,
+    )
     random_isl: int | None = _flag(
         "data", "length in tokens of each random prompt (implies --dataset random)", None, ge=1
     )
@@ -80,7 +114,13 @@ class RunConfig(BaseModel):
         "data", "measure so many rows, spread evenly over categories (default: all)", None, ge=1
     )
     category: tuple[str, ...] = _flag(
-        "data", "only these categories (repeat or comma-separate)", ()
+        "data", "only these categories or tiers (repeat or comma-separate)", ()
+    )
+    preset: Literal["ci", "short", "full"] | None = _flag(
+        "data",
+        "instead of --num_requests: 88 rows, 264 or all, spread evenly over categories; the report "
+        "says how small a difference so many rows can show",
+        None,
     )
     order: Literal["shuffle", "dataset"] = _flag("data", "order of rows", "shuffle")
     dataset_kwargs: dict[str, Any] = _flag("", "options of the dataset reader", {})
@@ -110,7 +150,13 @@ class RunConfig(BaseModel):
     ignore_eos: bool = _flag("sampling", "decode to --output_length whatever the model says", False)
     sampling_kwargs: dict[str, Any] = _flag("", "further sampling parameters, engine's names", {})
 
-    concurrency: int = _flag("measurement", "conversations in flight", 1, ge=1)
+    concurrency: int = _flag("measurement", "conversations in flight (in each replica)", 1, ge=1)
+    shard: str | None = _flag(
+        "measurement",
+        "measure this share of the rows, r/R (0/4 to 3/4): one of several jobs that `speedbench "
+        "report --merge` puts together",
+        None,
+    )
     warmup: int | None = _flag(
         "measurement",
         "requests before the clock starts (default: min(concurrency, 32))",
@@ -128,6 +174,26 @@ class RunConfig(BaseModel):
         "output", "run directory to create (default: runs/<time>-...)", None
     )
     show_progress: bool = _flag("output", "print progress to stderr", False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_our_names(cls, values: Any) -> Any:
+        """`speed_bench_...` becomes the dataset, configuration and category that it names."""
+        name = values.get("dataset") if isinstance(values, Mapping) else None
+        if not isinstance(name, str) or not name.startswith(SPEED_PREFIX):
+            return values
+        config, category = speed_part(name)
+        for flag, given, meant in (
+            ("speed_config", values.get("speed_config"), config),
+            ("category", tuple(values.get("category") or ()), (category,) if category else ()),
+        ):
+            if given and given != meant:
+                raise ValueError(
+                    f"--dataset {name} already says which {flag} is meant: leave out --{flag}, or "
+                    "use --dataset speed"
+                )
+        parts = {"dataset": "speed", "speed_config": config}
+        return {**values, **parts, **({"category": (category,)} if category else {})}
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -152,7 +218,51 @@ class RunConfig(BaseModel):
             raise ValueError("--history_from is only used with --history frozen: add that")
         if (self.dataset == "random") != (self.random_isl is not None):
             raise ValueError("--dataset random and --random_isl LENGTH belong together: give both")
+        if self.speed_config is not None and self.dataset != "speed":
+            raise ValueError(
+                f"--speed_config belongs to --dataset speed, but --dataset is {self.dataset}: "
+                "leave one of them out"
+            )
+        if self.preset is not None and self.num_requests is not None:
+            raise ValueError("--preset and --num_requests both say how many rows: give one of them")
         return self
+
+    @field_validator("dataset")
+    @classmethod
+    def _is_dataset(cls, name: str) -> str:
+        if name not in DATASETS:
+            raise ValueError(
+                f"--dataset is '{name}': expected {', '.join(DATASETS)}, or speed_bench_..."
+            )
+        return name
+
+    @field_validator("speed_config")
+    @classmethod
+    def _is_speed_config(cls, name: str | None) -> str | None:
+        if name is not None and name not in SPEED_CONFIGS:
+            raise ValueError(
+                f"--speed_config is '{name}': expected one of {', '.join(SPEED_CONFIGS)}"
+            )
+        return name
+
+    @field_validator("shard")
+    @classmethod
+    def _is_share(cls, shard: str | None) -> str | None:
+        if shard is not None:
+            match = _SHARD.fullmatch(shard)
+            if match is None or int(match[1]) >= int(match[2]):
+                raise ValueError(
+                    f"--shard is '{shard}': expected r/R with r from 0 to R - 1, such as 0/4"
+                )
+        return shard
+
+    @property
+    def share(self) -> slice:
+        """The rows of the run's order that `shard` names; all without one."""
+        if self.shard is None:
+            return slice(None)
+        first, step = map(int, self.shard.split("/"))
+        return slice(first, None, step)
 
     @property
     def effective_draft_length(self) -> int:
@@ -209,6 +319,23 @@ class RunConfig(BaseModel):
             for name in mine
             if name not in NOT_IDENTITY and mine[name] != theirs[name]
         }
+
+
+def speed_part(name: str) -> tuple[str, str | None]:
+    """AIPerf's name of a part of SPEED-Bench -> its configuration and category (None: all)."""
+    part = name.removeprefix(SPEED_PREFIX)
+    if part in SPEED_CONFIGS:
+        return part, None
+    if part in SPEED_CATEGORIES:
+        return "qualitative", part
+    for config in SPEED_CONFIGS[1:]:
+        if (tier := part.removeprefix(f"{config}_")) in SPEED_TIERS:
+            return config, tier
+    raise ValueError(
+        f"--dataset is '{name}', which SPEED-Bench does not have: expected {SPEED_PREFIX} followed "
+        f"by {', '.join(SPEED_CATEGORIES)}, qualitative, or throughput_{{{'|'.join(BUCKETS)}}} "
+        f"with or without _{{{'|'.join(SPEED_TIERS)}}}"
+    )
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:

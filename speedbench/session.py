@@ -708,6 +708,7 @@ def _manifest(
             "name": prepared.dataset.name,
             "path": prepared.dataset.path,
             "sha256": prepared.dataset.sha256,
+            "origin": prepared.dataset.origin,
             "expected": dict(sorted(prepared.expected.items())),
             "selected": dict(sorted(prepared.n_selected.items())),
         },

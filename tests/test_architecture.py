@@ -97,7 +97,7 @@ def test_dependencies_point_one_way(module: str) -> None:
 
 def test_only_cli_prints() -> None:
     for module, path in MODULES.items():
-        if module == "speedbench.cli":
+        if module.startswith("speedbench.cli"):
             continue
         calls = [
             node.lineno

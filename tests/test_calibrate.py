@@ -85,7 +85,9 @@ class RightEngine(ScriptedEngine):
     def describe(self) -> EngineInfo:
         return replace(
             super().describe(), name="VLLM", tells_drafted=True,
-            settings={"ngram_min": 2, "ngram_max": 3},
+            settings={
+                "ngram_min": 2, "ngram_max": 3, "suffix_decoding_max_cached_requests": 10000,
+            },
         )  # fmt: skip
 
 
@@ -190,7 +192,16 @@ def test_engines_are_listed_with_their_proofs(
     monkeypatch.setattr(engines, "adapter", lambda _name: RightEngine)
     assert cli.main(["engines", "--format", "markdown"]) == cli.OK
     out = capsys.readouterr().out
-    assert "| VLLM (1) | EAGLE3 | real engine | here |  |" in out
-    assert "| VLLM (1) | DFLASH | - |  | it has no block diffusion |" in out
+    assert "| EAGLE3 | real engine |" in out
+    assert "| DFLASH | - |" in out
+    assert "- VLLM, where it ran: here." in out
     assert cli.main(["engines"]) == cli.OK
     assert "block diffusion" in capsys.readouterr().out
+
+
+def test_the_readme_shows_what_the_adapters_say(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    _, _, rest = readme.partition("<!-- speedbench engines --format markdown -->\n")
+    shown, _, _ = rest.partition("<!-- end -->")
+    assert cli.main(["engines", "--format", "markdown"]) == cli.OK
+    assert shown.strip() == capsys.readouterr().out.strip()

@@ -210,7 +210,7 @@ def test_drafts_cut_short_by_the_end_are_no_rejections() -> None:
 
     Taken as they look, its short last drafts understate the acceptance length by a quarter.
     """
-    columns, shown, _ = simulate(60000, 10, 7, 0.9, seed=5)
+    columns, _, _ = simulate(60000, 10, 7, 0.9, seed=5)
     before = np.cumsum(columns.n_tokens) - columns.n_tokens
     first, _ = columns.first_and_last()
     remaining = 10 - (before - before[first][columns.request])

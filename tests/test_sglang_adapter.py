@@ -27,8 +27,8 @@ from engines.sglang import (
     routed_experts,
     why_no_start,
 )
+from speedbench.calibration.sglang_trie import sglang_ngram_steps
 from speedbench.types import EngineDiedError, EngineSettings, Step, UserError
-from tests.sglang_ngram_twin import sglang_ngram_steps
 
 CONTRACTS = sorted((Path(__file__).parent / "contracts" / "sglang").glob("*.json"))
 K = 3

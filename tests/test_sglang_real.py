@@ -24,7 +24,6 @@ from speedbench.calibration import closed_form
 from speedbench.checks import reconcile
 from speedbench.config import from_dict
 from speedbench.report.summary import summarize
-from tests.sglang_ngram_twin import sglang_ngram_steps
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parent.parent
@@ -130,7 +129,7 @@ def test_every_step_of_every_request_is_the_known_one(
     }, done.stdout + done.stderr[-3000:]  # fmt: skip
     # SGLang's n-gram trie is shared: what it drafts at this concurrency depends on the others.
     assert verdicts["ngram-k3-n16-o40-t0"] == "consistent"
-    sampled = "draft_target-k3-n16-o40-t1"
+    sampled = "draft_target-sampled-k3-n16-o40-t1"
     assert (done.returncode, verdicts[sampled]) == (1, "FAULT: acceptance rate")
     assert set(verdicts) == exact | {"ngram-k3-n16-o40-t0", sampled}
     for name in verdicts:
@@ -235,19 +234,9 @@ def test_ngram_drafts_are_those_of_its_trie(driven: Path, models: Path, name: st
     """One request after the other, from a trie that was emptied after the warm-up: every step of
     every request, by a twin."""
     run, prepared = loaded(driven / name)
-    found = calibrate.observed_requests(run, prepared)
-    submitted = run.turns.take(run.used)["submitted_ns"].to_pylist()
-    found = [found[i] for i in np.argsort(submitted)]
-    known = closed_form.read_known_answer(models / "word" / "target")
-    expected = sglang_ngram_steps(
-        [r.prompt_ids for r in found], known.target_next, 3, 64, prepared.stop_token_ids
-    )
-    n_accepted = 0
-    for request, steps in zip(found, expected, strict=True):
-        told = list(zip(request.n_tokens, request.accepted, request.drafted, strict=True))
-        assert told == [(len(s.token_ids), s.accepted, s.drafted) for s in steps]
-        n_accepted += sum(s.accepted for s in steps)
-    assert n_accepted > 500
+    verdict = calibrate.judge(run, prepared)
+    assert (verdict.ok, verdict.kind) == (True, "exact"), verdict.sentence
+    assert int(run.columns.accepted.sum()) > 500
 
 
 # ---------------------------------------------------------------- refusals

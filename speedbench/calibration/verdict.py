@@ -115,14 +115,20 @@ def judge_greedy(
     known: KnownAnswer,
     case: Case,
     expected_requests: Collection[tuple[str, int]] | None = None,
+    steps: Sequence[Sequence[ExpectedStep]] | None = None,
 ) -> Verdict:
     """Every step of every request must be the known one: length, tokens, and counts where told.
 
     Of consecutive one-token steps an engine may tell how many were drafted and not which; the
     sentence then says for how many requests that was so. `expected_requests` names the
-    (conversation, turn) pairs that were asked; None: those observed.
+    (conversation, turn) pairs that were asked; None: those observed. `steps` are those of each
+    request where they do not follow from its prompt alone.
     """
-    pairings = _pair(observed, known, case)
+    pairings = (
+        _pair(observed, known, case)
+        if steps is None
+        else [_in_order(request, own) for request, own in zip(observed, steps, strict=True)]
+    )
     wrong = [(pairing, text) for pairing in pairings if (text := _mismatch(pairing)) is not None]
     gaps = _gaps(observed, expected_requests)
     n_steps = sum(len(request.n_tokens) for request in observed)
@@ -364,7 +370,7 @@ def _diagnose(
             return "swapped drafter", "The steps are those of target and draft exchanged."
         return "wrong tokens", "The output is not what the target's weights say."
     same_lengths = all(pairing.same_lengths for pairing in pairings)
-    if case.algorithm != "NONE":
+    if case.algorithm != "NONE" and case.is_known:
         for other in (k + 1, k - 1):
             trial = _pair(requests, known, replace(case, draft_length=other)) if other else []
             # Where all lengths fit K too, only the told counts can speak for another K.

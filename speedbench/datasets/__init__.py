@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from speedbench.config import RunConfig
+from speedbench.config import PRESETS, RunConfig
 from speedbench.datasets.files import jsonl_records, parquet_files, parquet_records
+from speedbench.datasets.identity import origin, rows_sha256
 from speedbench.datasets.rows import SENTINEL, Schema, to_conversations
 from speedbench.types import Conversation, UserError
 
 __all__ = ["SENTINEL", "Dataset", "load", "select"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEFAULT_SPEED = REPOSITORY / "data" / "speed" / "qualitative"
-DEFAULT_MINI = REPOSITORY / "data" / "mini"
+DATA = REPOSITORY / "data" if (REPOSITORY / "run.py").is_file() else Path("data")
+"""Where datasets are prepared: in the checkout, or where an installed speedbench is called."""
+DEFAULT_SPEED = DATA / "speed" / "qualitative"
+DEFAULT_MINI = DATA / "mini"
+PREPARED: Mapping[str, str] = {"specbench": "question.jsonl", "mtbench": "question.jsonl"}
+"""The datasets of one file that `speedbench prepare` fetches, and the file's name."""
 
 N_RANDOM_ROWS = 64
 """Rows of random tokens where neither --num_requests nor n_rows says how many."""
@@ -49,6 +52,8 @@ class Dataset:
     path: str  # "" for random tokens, which come from no file
     rows: tuple[Conversation, ...]
     sha256: str
+    origin: Mapping[str, str] | None = None
+    """Where a prepared file came from: repository, revision, preparer; None for any other."""
 
 
 def load(config: RunConfig, vocabulary: Sequence[int] | None = None) -> Dataset:
@@ -87,14 +92,17 @@ def select(dataset: Dataset, config: RunConfig) -> tuple[Conversation, ...]:
     if config.category:
         sizes = Counter({name: n for name, n in sizes.items() if name in config.category})
         rows = [row for row in rows if row.category in sizes]
-    if config.num_requests is None:
+    wanted = config.num_requests
+    if config.preset is not None:
+        wanted = min(PRESETS[config.preset] or len(rows), len(rows))
+    if wanted is None:
         return tuple(rows)
-    if config.num_requests > len(rows):
+    if wanted > len(rows):
         raise UserError(
-            f"--num_requests is {config.num_requests}, but there are {len(rows)} rows to choose "
-            f"from: ask for at most {len(rows)}"
+            f"--num_requests is {wanted}, but there are {len(rows)} rows to choose from: ask for "
+            f"at most {len(rows)}"
         )
-    left = spread(sizes, config.num_requests)
+    left = spread(sizes, wanted)
     return tuple(row for row in rows if _take(left, row.category))
 
 
@@ -114,18 +122,8 @@ def _take(left: dict[str, int], category: str) -> bool:
 
 
 def _dataset(name: str, path: Path | str, rows: tuple[Conversation, ...]) -> Dataset:
-    return Dataset(name, str(path), rows, _sha256(rows))
-
-
-def _sha256(rows: Iterable[Conversation]) -> str:
-    """Over one line of canonical JSON per row: keys sorted, no spaces, ASCII."""
-    digest = hashlib.sha256()
-    for row in rows:
-        turns = {"turns": row.turns} if row.turns else {"token_turns": row.token_turns}
-        identity = {"id": row.id, "category": row.category, "sub_category": row.sub_category}
-        line = json.dumps({**identity, **turns}, sort_keys=True, separators=(",", ":"))
-        digest.update(line.encode("ascii") + b"\n")
-    return digest.hexdigest()
+    sha256 = rows_sha256(rows)
+    return Dataset(name, str(path), rows, sha256, origin(Path(path), sha256) if path else None)
 
 
 def _check_kwargs(config: RunConfig) -> None:
@@ -159,21 +157,42 @@ def _path(config: RunConfig) -> Path:
     """The file (of the parquet schema: or the folder) that a run reads."""
     name, given = config.dataset, config.dataset_path
     if name == "speed":
-        if given is None and not DEFAULT_SPEED.exists():
-            raise UserError(
-                f"{DEFAULT_SPEED} does not exist: run `speedbench prepare --dataset speed --config "
-                "qualitative`, or give the benchmark's parquet file or folder as --dataset_path"
-            )
-        return Path(given) if given is not None else DEFAULT_SPEED
+        return _speed_path(config)
     if name == "mini":
         return _in_folder(DEFAULT_MINI if given is None else Path(given), "prompts.jsonl")
     if name == "calibration":
         return _calibration_path(config)
+    if given is None and name in PREPARED and (DATA / name / PREPARED[name]).is_file():
+        return DATA / name / PREPARED[name]
     if given is None:
+        remedy = f", or run `speedbench prepare --dataset {name}`" if name in PREPARED else ""
         raise UserError(
-            f"--dataset {name} needs its JSONL file, none is shipped: add --dataset_path FILE"
+            f"--dataset {name} needs its JSONL file, none is shipped: add --dataset_path "
+            f"FILE{remedy}"
         )
     return Path(given) if name == "jsonl" else _in_folder(Path(given), "question.jsonl")
+
+
+def _speed_path(config: RunConfig) -> Path:
+    """The named file or folder; with --speed_config, or without a path, that configuration's."""
+    name = config.speed_config or "qualitative"
+    if config.dataset_path is None:
+        path = DEFAULT_SPEED.with_name(name)
+        if not path.exists():
+            raise UserError(
+                f"{path} does not exist: run `speedbench prepare --dataset speed --config {name}`, "
+                "or give the benchmark's parquet file or folder as --dataset_path"
+            )
+        return path
+    path = Path(config.dataset_path)
+    if config.speed_config is None or path.name == name or path.parent.name == name:
+        return path
+    if not (path / name).is_dir():
+        raise UserError(
+            f"{path} holds no folder {name}, which --speed_config asks for: give the folder that "
+            "holds it as --dataset_path"
+        )
+    return path / name
 
 
 def _calibration_path(config: RunConfig) -> Path:

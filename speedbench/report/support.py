@@ -54,10 +54,25 @@ def support_table(adapters: Mapping[str, EngineAdapter]) -> Table:
 
 
 def markdown(adapters: Mapping[str, EngineAdapter]) -> str:
-    """For the README: a line per engine and algorithm."""
-    lines = ["| engine | algorithm | proven | where | note |", "|---|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(adapters)]
-    return "\n".join([*lines, "", LEGEND])
+    """For the README: algorithms by engines, what the words mean, and what a user must know."""
+    names = list(adapters)
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines.append(f"| versions | {' | '.join(a.versions for a in adapters.values())} |")
+    for algorithm in get_args(Algorithm):
+        told = [a.support.get(algorithm, Support("absent")) for a in adapters.values()]
+        lines.append(f"| {algorithm} | {' | '.join(HOW[support.proof] for support in told)} |")
+    lines += ["", LEGEND, ""]
+    for name, adapter in adapters.items():
+        places = sorted({s.where for s in adapter.support.values() if s.proof == "real"})
+        if places:
+            lines.append(f"- {name}, where it ran: {'; '.join(places)}.")
+    for name, adapter in adapters.items():
+        by_note: dict[str, list[str]] = {}
+        for algorithm, support in adapter.support.items():
+            if support.note and support.proof != "absent":
+                by_note.setdefault(support.note, []).append(algorithm)
+        lines += [f"- {name} {', '.join(which)}: {note}." for note, which in by_note.items()]
+    return "\n".join(lines)
 
 
 def verdict_table(cells: Sequence[Cell], absent: Mapping[Algorithm, Support]) -> Table:

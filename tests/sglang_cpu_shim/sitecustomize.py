@@ -6,27 +6,35 @@ import importlib.util
 import os
 import platform
 import sys
+from enum import Enum
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import ModuleType
 
 
-class _BeforeTorchvision(MetaPathFinder):
-    """torchvision's wheel on PyPI is a CUDA build: its C library does not load beside a CPU build
-    of torch, and its import then ends at the missing schemas of two operators."""
+class _Interpolation(Enum):
+    """What `torchvision.transforms.InterpolationMode` is asked for at import."""
 
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        if fullname != "torchvision":
-            return
-        sys.meta_path.remove(self)
-        import torch
+    NEAREST, NEAREST_EXACT, BILINEAR, BICUBIC, BOX, HAMMING, LANCZOS = range(7)
 
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        keep = ModuleType("_torchvision_operators")  # they end with their library
-        keep.__dict__["library"] = library
-        sys.modules[keep.__name__] = keep
+
+def _stand_in_for_torchvision() -> None:
+    """torchvision's wheel on PyPI is a CUDA build and is not installed. SGLang imports it with its
+    image processors and decodes no image here; transformers must not count on it."""
+    from transformers.utils import import_utils
+
+    if import_utils.is_torchvision_available():  # remembered by transformers
+        return
+    names = ("", ".transforms", ".transforms.functional", ".transforms.v2")
+    for name in (*names, ".transforms.v2.functional"):
+        module = ModuleType(f"torchvision{name}")
+        module.__path__ = []
+        sys.modules[module.__name__] = module
+        parent, _, child = module.__name__.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+    for name in ("torchvision.transforms", "torchvision.transforms.functional"):
+        sys.modules[name].__dict__["InterpolationMode"] = _Interpolation
 
 
 class _BeforeSglang(MetaPathFinder):
@@ -39,6 +47,7 @@ class _BeforeSglang(MetaPathFinder):
         sys.meta_path.remove(self)
         import torch
 
+        _stand_in_for_torchvision()
         found = importlib.util.find_spec("sglang")
         folder = Path(found.submodule_search_locations[0])
         spec = importlib.util.spec_from_file_location("_stubs", folder / "_platform_stubs.py")
@@ -57,7 +66,5 @@ class _BeforeSglang(MetaPathFinder):
                 delattr(torch.mps, name)
 
 
-if importlib.util.find_spec("torchvision") is not None:
-    sys.meta_path.insert(0, _BeforeTorchvision())
 if os.environ.get("SHIM_TRITON") and importlib.util.find_spec("triton") is None:
     sys.meta_path.insert(0, _BeforeSglang())
