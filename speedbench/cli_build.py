@@ -551,3 +551,47 @@ def _bucket_page(report: dict[str, Any], built: Sequence[Bucket]) -> str:
             parts.append(page.paragraph("Not written, because they cannot be made exact:"))
             parts.append(page.table(["row", "tier", "reason"], found.inexact))
     return page.page("Throughput buckets", parts)
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def tokens_command(argv: list[str], prog: str) -> int:
+    """`speedbench data tokens --out F.parquet` with the flags of a run: its prompts, encoded."""
+    from speedbench import environment, session
+    from speedbench.cli import _configuration, _run_parser
+    from speedbench.datasets import tokens
+
+    parser = _run_parser(prog)
+    parser.add_argument("--out", metavar="F.parquet", type=Path, help="token file to write")
+    given = vars(parser.parse(argv))
+    out = given.pop("out", None)
+    if out is None:
+        raise UserError("--out is missing: name the token file to write")
+    config = _configuration({"engine": "NULL", **given}).config
+    if config.prompts is not None:
+        raise UserError("--prompts is a token file already: leave it out")
+    prepared = session.prepare(config)
+    source = config.tokenizer or config.model_dir
+    about = {
+        "dataset": {
+            "name": prepared.dataset.name,
+            "path": prepared.dataset.path,
+            "sha256": prepared.dataset.sha256,
+            "origin": prepared.dataset.origin,
+        },
+        "tokenizer": source,
+        "tokenizer_files": environment.capture([], [source])["checkpoints"],
+        "completions": config.completions,
+        "chat_template_args": config.chat_template_args,
+        "history": config.history,
+        "eos_token_ids": prepared.stop_token_ids,
+        "fingerprint": prepared.fingerprint,
+    }
+    tokens.write(out, prepared.rows, prepared.prompts, about)
+    n_tokens = sum(len(prompt.token_ids) for prompt in prepared.prompts.values())
+    print(
+        f"{out}: {len(prepared.prompts)} prompts of {len(prepared.rows)} conversations, {n_tokens} "
+        f"tokens, fingerprint {prepared.fingerprint[:12]}"
+    )
+    return OK

@@ -125,6 +125,11 @@ class RunConfig(BaseModel):
     order: Literal["shuffle", "dataset"] = _flag("data", "order of rows", "shuffle")
     dataset_kwargs: dict[str, Any] = _flag("", "options of the dataset reader", {})
 
+    prompts: str | None = _flag(
+        "prompts",
+        "token file of `speedbench data tokens`: ask these prompts, and load no tokenizer",
+        None,
+    )
     tokenizer: str | None = _flag(
         "prompts", "tokenizer folder or hub id (default: the model's)", None
     )
@@ -216,6 +221,17 @@ class RunConfig(BaseModel):
             )
         if self.history == "live" and self.history_from is not None:
             raise ValueError("--history_from is only used with --history frozen: add that")
+        if self.prompts is not None:
+            made: dict[str, Any] = {
+                "tokenizer": None, "completions": False, "history": "live", "random_isl": None,
+                "dataset_path": None, "chat_template_args": {}, "dataset_kwargs": {},
+            }  # fmt: skip
+            for name, default in made.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"--prompts {self.prompts} is encoded already, and --{name} has no effect "
+                        "on it: leave one of them out"
+                    )
         if (self.dataset == "random") != (self.random_isl is not None):
             raise ValueError("--dataset random and --random_isl LENGTH belong together: give both")
         if self.speed_config is not None and self.dataset != "speed":

@@ -68,6 +68,8 @@ def prepare(config: RunConfig) -> Prepared:
     if config.engine != "NULL":
         _refuse_missing("model_dir", config.model_dir)
         _refuse_missing("draft_model_dir", config.draft_model_dir)
+    if config.prompts is not None:
+        return _pretokenized(config, Path(config.prompts))
     needs_text = config.dataset != "random"
     has_tokenizer = config.tokenizer is not None or config.model_dir is not None
     if needs_text and not has_tokenizer:
@@ -110,6 +112,29 @@ def prepare(config: RunConfig) -> Prepared:
         prompts.fingerprint({key: prompt.sha256 for key, prompt in hashed.items()}),
         config.history == "frozen" or all(row.n_turns == 1 for row in rows),
         encoder.eos_token_ids if encoder else (),
+        Counter(row.category for row in rows),
+    )
+
+
+def _pretokenized(config: RunConfig, path: Path) -> Prepared:
+    """The prompts of a token file, as they are: no tokenizer is loaded."""
+    from speedbench.datasets import tokens
+
+    found = tokens.read(path)
+    rows = datasets.select(found.dataset, config)
+    kept = {(row.id, turn) for row in rows for turn in range(row.n_turns)}
+    hashed = {key: prompt for key, prompt in found.prompts.items() if key in kept}
+    share = rows[config.share]
+    if not share:
+        raise UserError(f"--shard {config.shard} of {len(rows)} rows is empty: use fewer shards")
+    return Prepared(
+        found.dataset,
+        share,
+        None,
+        hashed,
+        prompts.fingerprint({key: prompt.sha256 for key, prompt in hashed.items()}),
+        True,
+        found.eos_token_ids,
         Counter(row.category for row in rows),
     )
 
@@ -716,7 +741,7 @@ def _manifest(
             "fingerprint": prepared.fingerprint,
             "turns": "all" if prepared.all_turns else "first",
             "n_prompts": len(prepared.prompts),
-            "tokenizer": config.tokenizer or config.model_dir,
+            "tokenizer": config.prompts or config.tokenizer or config.model_dir,
         },
         "refused": list(refused),
         "environment": target.manifest.get("environment", machine),
