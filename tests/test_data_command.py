@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from speedbench import datasets
+from speedbench import datasets, presets
 from speedbench.cli_data import data_command
 from speedbench.config import RunConfig
-from speedbench.datasets import Dataset, identity, presets, select
+from speedbench.datasets import Dataset, identity, select
 from speedbench.datasets.files import parquet_records
 from speedbench.datasets.overview import Lengths, Spread, files_of, overview
 from speedbench.datasets.rows import to_conversations

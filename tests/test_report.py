@@ -588,3 +588,25 @@ def test_only_the_console_needs_rich() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_preset_says_how_small_a_difference_shows(tmp_path: Path) -> None:
+    """(1.96 + 0.84) x sqrt(2) x the standard error that the interval of AL stands for."""
+    rows = [conversation(f"c{i}", "a", [1, 4, 2 + i % 2, 4]) for i in range(8)]
+    run = stored(tmp_path / "r", rows, config={"preset": "ci"})
+    summary = summarize(run)
+    low, high = summary.lengths["al"].interval or (0.0, 0.0)
+    expected = 2.8016 * 2**0.5 * (high - low) / (2 * 1.96)
+    said = re.search(r"5 % level: (\d+\.\d+)", " ".join(shown(run).split()))
+    assert said is not None
+    assert float(said[1]) == pytest.approx(expected, abs=6e-4)
+    assert "Preset" not in shown(stored(tmp_path / "s", rows))
+
+
+def test_where_a_prepared_dataset_came_from_is_shown(tmp_path: Path) -> None:
+    run = stored(tmp_path / "r", [conversation("c0", "a", [1, 4])])
+    origin = {"repository": "nvidia/SPEED-Bench", "revision": "fd51e1f5c17d9071"}
+    dataset = {**run.manifest["dataset"], "origin": origin}
+    store.write_manifest(tmp_path / "r", {**run.manifest, "dataset": dataset})
+    text = " ".join(shown(store.load(tmp_path / "r")).split())
+    assert "(from nvidia/SPEED-Bench at fd51e1f5c17d)" in text

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal
 
+from speedbench import presets
 from speedbench.checks import Check
 from speedbench.report.pair import PairSummary, significant
 from speedbench.report.summary import DEFINITIONS, Figure, Summary
@@ -253,6 +254,9 @@ def _acceptance(summary: Summary, categories: Table) -> Iterator[Block]:
     yield _rate_table(summary)
     yield Heading("Acceptance Rate Results")
     yield categories
+    if (preset := summary.manifest["config"].get("preset")) is not None:
+        interval = summary.lengths["al"].interval
+        yield Paragraph(presets.sentence(preset, summary.n_conversations, interval))
     yield Heading("Acceptance lengths, by name")
     yield _length_table(summary)
     yield _length_by_category_table(summary)
@@ -529,6 +533,13 @@ def _speedups(pair: PairSummary) -> Facts:
 # ---------------------------------------------------------------- provenance
 
 
+def _origin(origin: Mapping[str, str] | None) -> str:
+    """Where a prepared dataset came from, for the line that names it."""
+    if not origin:
+        return ""
+    return f" (from {origin['repository']} at {origin['revision'][:12]})"
+
+
 def _provenance(summary: Summary) -> Facts:
     manifest = summary.manifest
     config, engine, dataset = manifest["config"], manifest["engine"], manifest["dataset"]
@@ -539,7 +550,7 @@ def _provenance(summary: Summary) -> Facts:
         f"tokenizer {prompts['tokenizer']}",
         "fingerprint": prompts["fingerprint"],
         "dataset": f"{dataset['name']}, {sum(dataset['expected'].values())} rows, "
-        f"{dataset['path']}",
+        f"{dataset['path']}{_origin(dataset.get('origin'))}",
         "sha256": dataset["sha256"],
         "target": config.get("model_dir"),
         "drafter": config.get("draft_model_dir"),
