@@ -598,6 +598,8 @@ def refuse_flags(settings: EngineSettings) -> None:
         raise UserError("this adapter does not record experts: leave --capture_experts out")
     if settings.block_size is not None:
         raise UserError("transformers drafts --draft_length tokens: leave --block_size out")
+    if settings.algorithm == "NGRAM" and settings.draft_model_dir is not None:
+        raise UserError("NGRAM takes no draft model: leave out --draft_model_dir")
     method = settings.draft_sample_method
     if method is not None and settings.algorithm != "DRAFT_TARGET":
         raise UserError(

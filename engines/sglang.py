@@ -19,6 +19,7 @@ import inspect
 import json
 import logging
 import multiprocessing
+import os
 import re
 import signal
 import threading
@@ -116,6 +117,9 @@ ARGMAX_VERIFICATION = (
     "on this device SGLang takes the target's most likely token wherever drafts are verified, "
     "whatever the temperature (read in 0.5.23): use temperature 0 or another device"
 )
+
+SIMULATED = ("SGLANG_SIMULATE_ACC_LEN", "SIMULATE_ACC_LEN")
+"""Environment variables that make SGLang make up how many drafts it accepts."""
 
 FLUSH_S = 30.0
 """How long the engine may take to become idle, so that its caches can be dropped."""
@@ -219,6 +223,8 @@ class SglangEngine:
         self._k = 0 if settings.algorithm == "NONE" else settings.draft_length
         arguments, self._unused = engine_arguments(settings, _fields(ServerArgs))
         self._refuse_unknown_sampling(settings.sampling)
+        if self._k:
+            refuse_simulation(os.environ)
         self._hooked = hasattr(TokenizerManager, self._hook) and hasattr(
             engine_module.Engine, "init_tokenizer_manager_func"
         )
@@ -422,7 +428,7 @@ class SglangEngine:
 
     def submit(self, request: Request) -> None:
         if not self._is_alive():
-            raise EngineDiedError(self._death)
+            return  # told by `poll`, after what arrived before
         # A name of its own for each request: SGLang keeps what its n-gram trie matched by name.
         rid = f"speedbench-{self._n_submitted}"
         self._n_submitted += 1
@@ -784,6 +790,11 @@ def _installed_names(user: Mapping[str, Any], names: Collection[str]) -> dict[st
             )
         other = {**RENAMED, **{new: old for old, new in RENAMED.items()}}.get(name)
         if name not in names and other in names:
+            if other in user:
+                raise UserError(
+                    f"engine_args sets both '{name}' and '{other}', two names of one argument: "
+                    "keep one of them"
+                )
             found[str(other)] = value
         elif name not in names or name.startswith("_"):
             raise UserError(f"SGLang has no engine argument '{name}'{_like(name, names)}")
@@ -792,7 +803,20 @@ def _installed_names(user: Mapping[str, Any], names: Collection[str]) -> dict[st
     return found
 
 
+def refuse_simulation(environment: Mapping[str, str]) -> None:
+    """Raise UserError where SGLang would not verify drafts but follow a number it is given."""
+    for name in SIMULATED:
+        value = environment.get(name, "")
+        with contextlib.suppress(ValueError):
+            if float(value or -1) > 0:
+                raise UserError(
+                    f"{name}={value} is set, by which SGLang makes up what it accepts: unset it"
+                )
+
+
 def _refuse_flags_without_effect(settings: EngineSettings) -> None:
+    if settings.draft_sample_method is not None and settings.algorithm == "NONE":
+        raise UserError("--draft_sample_method is for drafts, the algorithm is NONE: leave it out")
     if settings.block_size is not None:
         if settings.algorithm != "DFLASH":
             raise UserError(

@@ -30,6 +30,7 @@ from engines.trtllm_arguments import (
     model_config,
     recorded_environment,
     refuse_environment,
+    refuse_sampling,
     why_no_start,
 )
 from speedbench.types import (
@@ -169,7 +170,7 @@ class TrtllmEngine:
         try:
             self._refuse_sampling(settings.sampling)
             self._arguments = engine_arguments(settings, self._api)
-            self._refuse_logprobs(settings.sampling)
+            refuse_sampling(settings, self._arguments.speculative, self._api)
             self._llm = self._api.llm(**self._arguments.keywords)
             self._speculative = self._read_back()
         except BaseException as error:
@@ -375,14 +376,6 @@ class TrtllmEngine:
             raise UserError(
                 f"{self._api.name} refuses the sampling parameters: {first_line(error)}"
             ) from None
-
-    def _refuse_logprobs(self, sampling: Sampling) -> None:
-        asked = [name for name in ("logprobs", "prompt_logprobs") if sampling.extra.get(name)]
-        if asked and self._arguments.speculative is not None:
-            raise UserError(
-                f"sampling_kwargs asks for {asked[0]}, which {self._api.name} does not compute "
-                "with speculation: leave it out"
-            )
 
     def _sampling_params(self, request: Request) -> Any:
         sampling = request.sampling

@@ -87,8 +87,12 @@ SPECULATIVE_OURS = {
     "use_dynamic_tree": _TREE,
     "dynamic_tree_max_topK": _TREE,
     "max_non_leaves_per_layer": _TREE,
+    "is_auto_heuristic": _LOAD,
 }
 """Fields of a speculative_config that are not the user's, and why."""
+
+PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Sampling parameters that drafts made inside the target do without, and their neutral values."""
 
 REFUSED_ENVIRONMENT = "TLLM_EXECUTOR_PERIODICAL_RESP_IN_AWAIT"
 FORCED_ACCEPTANCE = "TLLM_SPEC_DECODE_FORCE_NUM_ACCEPTED_TOKENS"
@@ -509,7 +513,8 @@ def _is_one_model(settings: EngineSettings, speculative: Any) -> bool:
     if settings.algorithm == "EAGLE3":
         return bool(getattr(speculative, "eagle3_one_model", True))
     if settings.algorithm == "MTP":
-        return bool(getattr(speculative, "mtp_eagle_one_model", True))
+        vanilla = bool(getattr(speculative, "use_mtp_vanilla", False))
+        return vanilla or bool(getattr(speculative, "mtp_eagle_one_model", True))
     return settings.algorithm in ("PARD", "DFLASH")
 
 
@@ -532,6 +537,31 @@ def _greedy_because(
     if not getattr(speculative, "allow_advanced_sampling", False):
         return other_start
     return ""
+
+
+def refuse_sampling(settings: EngineSettings, speculative: Any, api: Api) -> None:
+    """Refuse sampling parameters that speculation would ignore in silence."""
+    if speculative is None:
+        return
+    extra = settings.sampling.extra
+    if asked := [name for name in ("logprobs", "prompt_logprobs") if extra.get(name)]:
+        raise UserError(
+            f"sampling_kwargs asks for {asked[0]}, which {api.name} does not compute with "
+            "speculation: leave it out"
+        )
+    asked = [name for name, nothing in PENALTIES.items() if extra.get(name, nothing) != nothing]
+    if not asked or not _is_one_model(settings, speculative):
+        return
+    if "enable_penalty" not in accepted_names(type(speculative)):
+        raise UserError(
+            f"sampling_kwargs asks for {asked[0]}, which {api.name} does not apply where drafts "
+            "are made inside the target: leave it out, in both arms"
+        )
+    if not speculative.enable_penalty:
+        raise UserError(
+            f"sampling_kwargs asks for {asked[0]}, which {api.name} applies to speculation only "
+            "with enable_penalty: add enable_penalty true to speculative_config in engine_args"
+        )
 
 
 def _overlap(settings: EngineSettings, speculative: Any, user: Mapping[str, Any], api: Api) -> str:

@@ -68,6 +68,15 @@ OURS = {
 }
 """Engine arguments that the measurement itself sets, and why."""
 
+SPECULATIVE_REFUSED = {
+    "synthetic_acceptance_rates": "acceptances would be made up",
+    "synthetic_acceptance_length": "acceptances would be made up",
+    "num_speculative_tokens_per_batch_size": "it changes the draft length while it is measured",
+    "enable_adaptive_verification": "it changes the draft length while it is measured",
+    "speculative_token_tree": "a tree of drafts has no one draft length",
+}
+"""Keys of speculative_config that cannot be measured, and why."""
+
 SUFFIX_OPTIONS = (
     "suffix_decoding_max_tree_depth",
     "suffix_decoding_max_cached_requests",
@@ -88,6 +97,7 @@ SAMPLING_OURS = (
     "top_k",
     "stream_interval",
     "routed_experts_prompt_start",
+    "trace_decode_token_ids",
 )
 
 
@@ -170,6 +180,7 @@ class VllmEngine:
         "seed": "seed",
         "trust_remote_code": "trust_remote_code",
         "enable_return_routed_experts": "capture_experts",
+        "enable_expert_parallel": "ep_size",
     }
 
     calibration_args: Mapping[Algorithm, Mapping[str, object]] = {
@@ -360,9 +371,10 @@ class VllmEngine:
                     self._sampling_params(request.sampling, request.max_tokens),
                 )
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - told as the request's failure, or the engine's
             if self._death is not None or type(error).__name__ == "EngineDeadError":
-                raise EngineDiedError(self._death or str(error)) from error
+                self._die(self._death or str(error))  # told by `poll`, after what arrived before
+                return
             del self._live[request.request_id]
             self._events.append(
                 Step(
@@ -598,6 +610,8 @@ def engine_arguments(
 def _refuse_flags_without_effect(settings: EngineSettings) -> None:
     if settings.block_size is not None:
         raise UserError("vLLM has no --block_size: its drafters propose --draft_length tokens")
+    if settings.algorithm in ("NGRAM", "SUFFIX") and settings.draft_model_dir is not None:
+        raise UserError(f"{settings.algorithm} takes no draft model: leave out --draft_model_dir")
     n_ranks = settings.tp_size * settings.dp_size
     if settings.ep_size not in (1, n_ranks):
         raise UserError(
@@ -628,6 +642,16 @@ def _speculative_config(
     for name in extra:
         if name in flags:
             raise UserError(f"speculative_config sets '{name}': use {flags[name]}")
+        if name in SPECULATIVE_REFUSED:
+            raise UserError(
+                f"speculative_config sets '{name}', which cannot be measured: "
+                f"{SPECULATIVE_REFUSED[name]}; leave it out"
+            )
+    if extra.get("rejection_sample_method") == "synthetic":
+        raise UserError(
+            "speculative_config sets rejection_sample_method to synthetic: acceptances would be "
+            "made up; leave it out"
+        )
     if interface.methods and config["method"] not in interface.methods:
         has = [name for name, method in METHODS.items() if method in interface.methods]
         raise UserError(
@@ -739,8 +763,9 @@ def align(
     than it accepted). Among one-token steps between two such, verifications that accepted nothing
     go first to steps known to have been drafted, then to undecided ones from the left; steps left
     over are plain. Which of several undecided one-token steps was the plain one is the only thing
-    that is not known, and no count depends on it. Verifications that fit nowhere before the first
-    longer step are vLLM's padding of the first step (a phantom draft).
+    that is not known, and no count depends on it. A verification that fits nowhere before the first
+    longer step, or only on steps known to be plain, is vLLM's padding of the first step (a phantom
+    draft).
     """
     n_steps = len(n_tokens)
     pairs = list(zip(accepted, drafted, strict=True))
@@ -756,9 +781,8 @@ def align(
     for step, hit in zip([*long_steps, n_steps], [*hits, len(pairs)], strict=True):
         misses = pairs[previous_hit + 1 : hit]
         free = list(range(previous_step + 1, step))
-        while len(misses) > len(free) and previous_step == 0 and previous_hit == -1:
-            if result[0] != (0, 0):
-                return None
+        n_open = sum(told[i][1] != 0 for i in free)
+        if len(misses) > n_open and previous_step == 0 and previous_hit == -1:
             result[0] = misses.pop(0)
         if len(misses) > len(free):
             return None

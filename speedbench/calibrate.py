@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speedbench import session, store
+from speedbench import checks, session, store
 from speedbench.calibration import checkpoints, closed_form, verdict
 from speedbench.calibration.closed_form import KNOWN_ANSWER_FILE, Case
 from speedbench.calibration.sglang_trie import sglang_ngram_steps
@@ -52,6 +52,7 @@ def observed_requests(run: store.Run, prepared: session.Prepared) -> list[verdic
                 accepted=columns.accepted[mine].tolist(),
                 drafted=columns.drafted[mine].tolist(),
                 engine_steps=columns.engine_steps[mine].tolist(),
+                finish_reason=turn["finish_reason"],
             )
         )
     return found
@@ -83,11 +84,24 @@ def case_of(run: store.Run, stop_ids: Sequence[int]) -> Case:
 
 def judge(run: store.Run, prepared: session.Prepared, case: Case | None = None) -> verdict.Verdict:
     """Hold a stored run of a calibration checkpoint against its closed form."""
+    found = observed_requests(run, prepared)
+    case = case or case_of(run, prepared.stop_token_ids)
+    outcome = _judge_steps(run, prepared, found, case)
+    ends = (verdict.wrong_end(request, case) for request in found)
+    if outcome.ok and (fault := next(filter(None, ends), None)) is not None:
+        return replace(outcome, ok=False, fault="wrong end", sentence=fault)
+    return outcome
+
+
+def _judge_steps(
+    run: store.Run,
+    prepared: session.Prepared,
+    found: Sequence[verdict.ObservedRequest],
+    case: Case,
+) -> verdict.Verdict:
     config = run.manifest["config"]
     target = Path(config["model_dir"])
     known = _known(config)
-    found = observed_requests(run, prepared)
-    case = case or case_of(run, prepared.stop_token_ids)
     asked = {(row.id, turn) for row in prepared.rows for turn in range(row.n_turns)}
     if config["temperature"] == 0:
         if case.engine == "SGLANG" and case.algorithm == "NGRAM" and _one_after_another(run):
@@ -335,6 +349,7 @@ def calibrate(
         ]
         widest = max(configs, key=lambda config: config.concurrency)
         try:
+            _refuse_missing_heads(case)
             engine = start(widest.engine_settings())
         except UserError as refusal:
             yield Cell(case, widest, Path(widest.save_dir or ""), None, str(refusal))
@@ -344,11 +359,44 @@ def calibrate(
                 prepared = session.prepare(config)
                 run_dir = Path(config.save_dir or "")
                 outcome = session.measure(config, prepared, engine, session.Target(run_dir))
-                if outcome.end.reason == "engine died":
-                    raise UserError(f"the engine died in {run_dir}: {outcome.end.message}")
-                yield Cell(case, config, run_dir, judge(store.load(run_dir), prepared))
+                if outcome.end.reason != "finished":
+                    what = {"engine died": "the engine died", "crashed": "the run crashed"}
+                    how = what.get(outcome.end.reason, "the run was stopped")
+                    raise UserError(f"{how} in {run_dir}: {outcome.end.message}")
+                run = store.load(run_dir)
+                found = _unless_contradicted(judge(run, prepared), run, case.k)
+                yield Cell(case, config, run_dir, found)
         finally:
             engine.close()
+
+
+def _unless_contradicted(outcome: verdict.Verdict, run: store.Run, k: int) -> verdict.Verdict:
+    """A right record of another K than was asked for, or one that the engine's own counters
+    contradict, proves nothing."""
+    if not outcome.ok:
+        return outcome
+    if (used := run.manifest["engine"]["draft_length"]) != k:
+        sentence = f"the engine drafts {used} tokens per step, asked was K={k}."
+        return replace(outcome, ok=False, fault="off-by-one K", sentence=sentence)
+    if k == 0 or None in [entry.get("counters") for entry in run.manifest["sessions"]]:
+        return outcome
+    books = checks.reconcile(run)
+    drafts, accepted = books["unexplained_drafts"], books["unexplained_accepted"]
+    if drafts or accepted:
+        sentence = (
+            f"every step is right, but the engine's own counters say {drafts:+d} drafts and "
+            f"{accepted:+d} accepted tokens beside them."
+        )
+        return replace(outcome, ok=False, fault="counters differ", sentence=sentence)
+    return outcome
+
+
+def _refuse_missing_heads(case: EngineCase) -> None:
+    if case.subject.algorithm == "MEDUSA" and case.k > checkpoints.MEDUSA_HEADS:
+        raise UserError(
+            f"the calibration checkpoint of MEDUSA has {checkpoints.MEDUSA_HEADS} heads, "
+            f"--draft_length is {case.k}: use at most {checkpoints.MEDUSA_HEADS}"
+        )
 
 
 def _config(

@@ -229,7 +229,10 @@ def _run(argv: list[str], prog: str) -> int:
     with _signals(loud=not _is_silent_replica()) as signals:
         place = _settle(launched)
         if launched.node_rank > 0:
-            return _serve(_configuration(given).config, launched)
+            # A notice to all of a job's processes is the first node's to answer: this one must
+            # serve until that has stored what it measured.
+            with signals.held_back(), signals.graceful():
+                return _serve(_configuration(given).config, launched)
         replicas = join(launched)
         start = _Start(launched, replicas, place)
         if replicas.size == 1:
@@ -307,6 +310,7 @@ def _run_configured(asked: _Asked, signals: _Signals, start: _Start) -> int:
         )
     )
     if target.is_complete(prepared):
+        replicas.agree(lambda: session.call_complete(target) if replicas.is_first else None)
         if replicas.is_first:
             _print_report([directory], "console")
             print(f"\n{directory} was complete already: nothing was measured", file=sys.stderr)
@@ -861,7 +865,7 @@ def _print_verdicts(engine: str, given: argparse.Namespace, directory: Path) -> 
     )
     base = {
         "engine": engine,
-        "tp_size": _numbers("--tp_size", given.tp_size)[0],
+        "tp_size": given.tp_size,
         **_merged_with_file(given.runtime_params),
     }
     console = Console(highlight=False, soft_wrap=True)
@@ -875,7 +879,7 @@ def _print_verdicts(engine: str, given: argparse.Namespace, directory: Path) -> 
             continue
         word = f"[green]{found.kind}[/green]" if found.ok else f"[red]FAULT: {found.fault}[/red]"
         console.print(f"{cell.directory.name:<42}{found.n_requests:>9}{found.n_steps:>8}  {word}")
-        if not found.ok or found.kind != "exact":
+        if not found.ok or found.kind != "exact" or not found.sentence.endswith("tokens)."):
             console.print(f"    {escape(found.sentence)}")
     absent = {
         name: adapter.support.get(name, Support("absent"))

@@ -16,6 +16,7 @@ from speedbench import calibrate, cli
 from speedbench.calibration.closed_form import Case, KnownAnswer, read_known_answer
 from speedbench.types import (
     Algorithm,
+    EngineCounters,
     EngineInfo,
     EngineSettings,
     Request,
@@ -146,6 +147,69 @@ def test_experts_of_other_tokens_are_found(
     code = run(spoiled, monkeypatch, tmp_path / "runs", "--algorithm", "NONE")
     assert code == cli.FAILED
     assert "FAULT: wrong experts" in capsys.readouterr().out
+
+
+def counting(self: RightEngine, extra_drafts: int) -> EngineCounters:
+    """What an engine counts that decodes as its files say: all its requests, over and over."""
+    steps = [step for request in self.submitted for step in RightEngine.play(self, request)[1:]]
+    accepted = [step.accepted or 0 for step in steps]
+    return EngineCounters(
+        len(steps) + extra_drafts * bool(steps), self.k * len(steps), sum(accepted)
+    )
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_counters_that_contradict_the_steps_are_a_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: int
+) -> None:
+    class Counting(RightEngine):
+        n_read = 0
+
+        def counters(self) -> EngineCounters:
+            self.n_read += 1
+            return counting(self, extra * (self.n_read > 1))
+
+    code = run(Counting, monkeypatch, tmp_path / "runs", "--algorithm", "EAGLE")
+    out = capsys.readouterr().out
+    assert (code == cli.OK) is (extra == 0), out
+    assert ("FAULT: counters differ" in out and "+1 drafts" in out) is (extra == 1)
+
+
+def test_an_engine_that_drafts_and_says_another_k_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its steps are those of the K it says, which is not the K that was to be proven."""
+
+    def other(self: RightEngine, settings: EngineSettings) -> None:
+        RightEngine.__init__(self, replace(settings, draft_length=settings.draft_length + 1))
+
+    engine = type("Other", (RightEngine,), {"__init__": other})
+    assert run(engine, monkeypatch, tmp_path / "runs", "--algorithm", "EAGLE") == cli.FAILED
+    out = capsys.readouterr().out
+    assert "FAULT: off-by-one K" in out
+    assert "drafts 4 tokens per step, asked was K=3" in out
+
+
+def test_an_end_that_is_told_wrong_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def play(self: RightEngine, request: Request) -> Sequence[Step]:
+        steps = list(RightEngine.play(self, request))
+        return [*steps[:-1], steps[-1]._replace(finish_reason="length")]
+
+    engine = type("Lengthy", (RightEngine,), {"play": play})
+    assert run(engine, monkeypatch, tmp_path / "runs", "--algorithm", "EAGLE") == cli.FAILED
+    assert "FAULT: wrong end" in capsys.readouterr().out
+
+
+def test_more_heads_than_were_built_are_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--algorithm", "MEDUSA", "--draft_length", "7")
+    assert run(RightEngine, monkeypatch, tmp_path / "runs", *more) == cli.FAILED
+    out = capsys.readouterr().out
+    assert "has 5 heads, --draft_length is 7" in out
+    assert "FAULT" not in out
 
 
 def test_an_algorithm_that_was_named_and_does_not_start_is_a_failure(

@@ -42,6 +42,7 @@ from speedbench.calibration.verdict import (
     _check_position,
     judge_greedy,
     judge_sampled,
+    wrong_end,
 )
 from speedbench.calibration.words import DENSITIES, N_CYCLE, N_TAIL
 from speedbench.types import UserError
@@ -532,6 +533,38 @@ def test_no_false_alarm(
     assert verdict.measured_al == verdict.expected_al
     if algorithm == "NONE" and max_tokens > 1:
         assert set(verdict.expected_al.values()) == {1.0}
+
+
+def test_an_exact_verdict_says_what_was_not_told(pairs: Path, word: KnownAnswer) -> None:
+    case = _case(word, "DRAFT_TARGET")
+    told, untold = (_observe(_prompt_ids(pairs), word, case, it) for it in (True, False))
+    assert "does not tell" not in judge_greedy(told, word, case).sentence
+    n_decode = sum(len(record.n_tokens) - 1 for record in untold)
+    sentence = judge_greedy(untold, word, case).sentence
+    assert f"Of {n_decode} of them the engine does not tell" in sentence
+
+
+@pytest.mark.parametrize(
+    ("output", "reason", "is_right"),
+    [
+        ([5, 6, 9], "stop", True),
+        ([5, 6, 9], "length", False),
+        ([5, 6, 7, 8], "length", True),
+        ([5, 6, 7, 8], "stop", False),
+        ([5, 6, 7, 9], "stop", True),  # both at once: engines name either
+        ([5, 6, 7, 9], "length", True),
+        ([5, 6, 7], "length", False),  # steps are missing
+        ([5, 6, 7], "stop", False),
+        ([], "error", False),
+    ],
+)
+def test_a_request_ends_at_a_stop_id_or_at_its_limit(
+    output: list[int], reason: str, is_right: bool
+) -> None:
+    one = [1] * len(output)
+    record = ObservedRequest("r", 0, "c", [1], output, one, one, one, one, reason)
+    case = Case("NONE", 0, 4, (9,))
+    assert (wrong_end(record, case) is None) is is_right
 
 
 def test_expected_al_orders_the_categories(pairs: Path, word: KnownAnswer) -> None:

@@ -50,6 +50,7 @@ TINY = {"dtype": "float64"}  # so that no two logits are nearly equal
         ({"block_size": 8}, ["--block_size"]),
         ({"draft_sample_method": "greedy"}, ["--draft_sample_method", "NONE"]),
         ({"algorithm": "DRAFT_TARGET"}, ["--draft_model_dir"]),
+        ({"algorithm": "NGRAM", "draft_model_dir": "d"}, ["NGRAM", "--draft_model_dir"]),
         ({"algorithm": "EAGLE3"}, ["EAGLE3", "DRAFT_TARGET, NGRAM, NONE"]),
         ({"algorithm": "MTP"}, ["MTP", "not driven here"]),
         (

@@ -24,11 +24,19 @@ from engines.sglang import (
     Told,
     engine_arguments,
     read_message,
+    refuse_simulation,
     routed_experts,
     why_no_start,
 )
 from speedbench.calibration.sglang_trie import sglang_ngram_steps
-from speedbench.types import EngineDiedError, EngineSettings, Step, UserError
+from speedbench.types import (
+    EngineDiedError,
+    EngineSettings,
+    Request,
+    Sampling,
+    Step,
+    UserError,
+)
 
 CONTRACTS = sorted((Path(__file__).parent / "contracts" / "sglang").glob("*.json"))
 K = 3
@@ -217,6 +225,17 @@ def test_an_engine_whose_processes_ended_is_dead(codes: list[int | None], code: 
             engine.poll()
 
 
+def test_what_arrived_before_the_end_is_not_lost_by_a_submission() -> None:
+    engine = Stub(K)
+    engine.begin("a")
+    engine._take(message(("a", [1], 0, [], None)))
+    engine._children = [SimpleNamespace(exitcode=-9)]
+    engine.submit(Request("b", [1], 1, Sampling()))
+    assert [list(step.token_ids) for step in engine.poll()] == [[1]]
+    with pytest.raises(EngineDiedError, match="exit code -9"):
+        engine.poll()
+
+
 def chunks(engine: Stub, rid: str, n_tokens: Sequence[int], **last: Any) -> list[Step]:
     ids: list[int] = []
     for i, n in enumerate(n_tokens):
@@ -376,6 +395,20 @@ def test_a_renamed_argument_is_taken_by_both_its_names() -> None:
         assert arguments(old, engine_args={name: 7})["cuda_graph_max_bs"] == 7
 
 
+def test_two_names_of_one_argument_are_refused() -> None:
+    """Only one of the two values could be followed."""
+    with pytest.raises(UserError, match="both 'cuda_graph_max_bs' and 'cuda_graph_max_bs_decode'"):
+        arguments(engine_args={"cuda_graph_max_bs_decode": 8, "cuda_graph_max_bs": 7})
+
+
+@pytest.mark.parametrize("name", ["SGLANG_SIMULATE_ACC_LEN", "SIMULATE_ACC_LEN"])
+def test_made_up_acceptances_are_refused(name: str) -> None:
+    for harmless in ({}, {name: "-1"}, {name: ""}, {name: "off"}):
+        refuse_simulation(harmless)
+    with pytest.raises(UserError, match=f"{name}=2.5 is set"):
+        refuse_simulation({name: "2.5"})
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -385,6 +418,7 @@ def test_a_renamed_argument_is_taken_by_both_its_names() -> None:
         ({"algorithm": "NGRAM", "draft_sample_method": "greedy"}, ["--draft_sample_method"]),
         ({"algorithm": "DRAFT_TARGET", "draft_sample_method": "probabilistic"}, ["leave it out"]),
         ({"engine_args": {"speculative_draft_window_size": 3}}, ["NONE", "algorithm"]),
+        ({"draft_sample_method": "greedy"}, ["--draft_sample_method", "NONE"]),
     ],
 )
 def test_a_flag_without_effect_is_refused(changes: dict[str, Any], words: list[str]) -> None:

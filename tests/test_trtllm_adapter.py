@@ -537,6 +537,33 @@ def test_sampling_parameters_of_the_user(stage: Stage) -> None:
         stage.start("EAGLE3", sampling=Sampling(extra={"logprobs": 1}))
 
 
+@every_version
+def test_a_penalty_that_speculation_would_ignore_is_refused(stage: Stage) -> None:
+    asked = Sampling(extra={"repetition_penalty": 1.5})
+    stage.start(sampling=asked)
+    stage.start("EAGLE3", sampling=Sampling(extra={"repetition_penalty": 1.0}))
+    with pytest.raises(UserError, match="asks for repetition_penalty"):
+        stage.start("EAGLE3", sampling=asked)
+    if stage.version == "main":
+        switch = {"speculative_config": {"enable_penalty": True}}
+        stage.start("EAGLE3", sampling=asked, engine_args=switch)
+    else:  # its drafter is a model of its own there, and the target's sampler the usual one
+        stage.start("DRAFT_TARGET", sampling=asked)
+
+
+@pytest.mark.parametrize("stage", ["1.1.0"], indirect=True)
+def test_vanilla_mtp_drafts_inside_the_target(stage: Stage) -> None:
+    config = {"speculative_config": {"use_mtp_vanilla": True, "mtp_eagle_one_model": False}}
+    with pytest.raises(UserError, match="greedily whatever the temperature"):
+        stage.start("MTP", engine_args=config, sampling=Sampling(temperature=0.7))
+
+
+@pytest.mark.parametrize("stage", ["1.0.0"], indirect=True)
+def test_a_draft_length_by_heuristic_is_refused(stage: Stage) -> None:
+    with pytest.raises(UserError, match="'is_auto_heuristic': it makes acceptance depend"):
+        stage.start("NGRAM", engine_args={"speculative_config": {"is_auto_heuristic": True}})
+
+
 # ---------------------------------------------------------------- streams
 
 

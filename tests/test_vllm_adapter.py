@@ -35,7 +35,15 @@ from engines.vllm import (
     engine_arguments,
     why_no_start,
 )
-from speedbench.types import UNKNOWN, Algorithm, EngineDiedError, EngineSettings, UserError
+from speedbench.types import (
+    UNKNOWN,
+    Algorithm,
+    EngineDiedError,
+    EngineSettings,
+    Request,
+    Sampling,
+    UserError,
+)
 
 CONTRACTS = Path(__file__).parent / "contracts" / "vllm"
 VERSIONS = ("0.20.2", "0.26.0", "0.29.0", "0.32.0", "0.33.0")
@@ -236,6 +244,14 @@ def test_every_algorithm_of_the_field_is_accounted_for() -> None:
         ({"speculative_config": {"draft_sample_method": "greedy"}}, ["--draft_sample_method"]),
         ({"speculative_config": {"prompt_lookup_mx": 3}}, ["0.29.0", "prompt_lookup_max"]),
         ({"speculative_config": 3}, ["speculative_config"]),
+        ({"speculative_config": {"rejection_sample_method": "synthetic"}}, ["made up"]),
+        ({"speculative_config": {"synthetic_acceptance_length": 2.5}}, ["made up"]),
+        (
+            {"speculative_config": {"num_speculative_tokens_per_batch_size": [[1, 9, 1]]}},
+            ["draft length"],
+        ),
+        ({"speculative_config": {"enable_adaptive_verification": True}}, ["draft length"]),
+        ({"speculative_config": {"speculative_token_tree": "[(0,)]"}}, ["tree"]),
     ],
 )
 def test_arguments_that_are_not_the_users_are_refused(
@@ -252,6 +268,28 @@ def test_arguments_that_are_not_the_users_are_refused(
 def test_a_flag_without_effect_is_refused(changes: dict[str, Any], flag: str) -> None:
     with pytest.raises(UserError, match=flag):
         arguments(algorithm="NGRAM", tp_size=2, **changes)
+
+
+@pytest.mark.parametrize("algorithm", ["NGRAM", "SUFFIX"])
+def test_a_lookup_takes_no_draft_model(algorithm: Any) -> None:
+    with pytest.raises(UserError, match="leave out --draft_model_dir"):
+        arguments(algorithm=algorithm, draft_model_dir="d")
+
+
+def test_other_ways_to_verify_are_the_users_choice() -> None:
+    config = {"rejection_sample_method": "block"}
+    found = arguments("0.32.0", algorithm="NGRAM", engine_args={"speculative_config": dict(config)})
+    assert found["speculative_config"]["rejection_sample_method"] == "block"
+
+
+def test_whether_experts_are_spread_is_said_by_the_flag_only() -> None:
+    """engine_args would override --ep_size, and the manifest would hold the flag's number."""
+    assert VllmEngine.flag_of["enable_expert_parallel"] == "ep_size"
+
+
+def test_tokens_that_are_forced_are_no_answer() -> None:
+    """vLLM takes them as a sampling parameter: the model would not be asked."""
+    assert "trace_decode_token_ids" in SAMPLING_OURS
 
 
 def test_a_draft_model_becomes_pard_by_its_flag_only() -> None:
@@ -381,6 +419,25 @@ def test_what_arrived_before_the_end_is_not_lost() -> None:
     told = output("a-0f0f0f0f", [5, 6])
     message = SimpleNamespace(timestamp=1.0, outputs=[told], scheduler_stats=None)
     engine = connected(FakeCore(message, RuntimeError("gone")))
+    assert [list(step.token_ids) for step in engine.poll()] == [[5, 6]]
+    with pytest.raises(EngineDiedError, match="gone"):
+        engine.poll()
+    engine._asyncio.close()
+
+
+def test_what_arrived_before_a_submission_that_fails_is_not_lost() -> None:
+    """vLLM may die inside `submit`, where messages that arrived before are waiting for a poll."""
+    told = output("a-0f0f0f0f", [5, 6])
+    message = SimpleNamespace(timestamp=1.0, outputs=[told], scheduler_stats=None)
+    engine = connected(FakeCore(message, RuntimeError("gone")))
+
+    async def add_request(*_: Any) -> None:
+        await engine._llm.output_handler  # the message, and then the end
+        raise RuntimeError("the engine is dead")
+
+    engine._llm.add_request = add_request
+    engine._sampling_params = lambda *_: None
+    engine.submit(Request("b", [1], 1, Sampling()))
     assert [list(step.token_ids) for step in engine.poll()] == [[5, 6]]
     with pytest.raises(EngineDiedError, match="gone"):
         engine.poll()
@@ -585,6 +642,14 @@ def test_a_phantom_draft_belongs_to_the_first_step() -> None:
     # Emissions 1,2,4,1 with a leading padded draft: five verifications would be one too many.
     found = align([1, 2, 4, 1], [0, 1, 3, 0], [3, 3, 3, 3], [(UNKNOWN, UNKNOWN)] * 4)
     assert found == [(0, 3), (1, 3), (3, 3), (0, 3)]
+
+
+def test_a_phantom_draft_does_not_displace_a_step_known_to_be_plain() -> None:
+    # A prompt cached but for one token, then a lookup that misses (the totals say so), one that
+    # is rejected, one that is accepted.
+    told = [(UNKNOWN, UNKNOWN), (0, 0), (0, 3), (2, 3)]
+    found = align([1, 1, 1, 3], [0, 0, 2], [3, 3, 3], told)
+    assert found == [(0, 3), (0, 0), (0, 3), (2, 3)]
 
 
 def test_a_cut_last_step_keeps_the_engines_count() -> None:

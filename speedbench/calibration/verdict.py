@@ -27,6 +27,8 @@ Fault = Literal[
     "acceptance rate",
     "too few steps",
     "wrong experts",
+    "wrong end",
+    "counters differ",
 ]
 
 N_EXACT_TRIALS = 2000
@@ -39,6 +41,7 @@ class ObservedRequest:
 
     The first step is the prefill. `accepted` and `drafted` are UNKNOWN where not told;
     `engine_steps` is 1 where the event is exactly one engine step, 0 where the engine cannot say.
+    `finish_reason` is empty where it is not looked at.
     """
 
     conversation_id: str
@@ -50,6 +53,7 @@ class ObservedRequest:
     accepted: Sequence[int]
     drafted: Sequence[int]
     engine_steps: Sequence[int]
+    finish_reason: str = ""
 
     @property
     def name(self) -> str:
@@ -147,6 +151,11 @@ def judge_greedy(
         )
         if any(count == 0 for request in observed for count in request.engine_steps):
             sentence += " The engine cannot say itself that each event is one step."
+        if n_untold := sum(map(_n_untold, observed)):
+            sentence += (
+                f" Of {n_untold} of them the engine does not tell whether a draft was checked, or "
+                "how much of it was accepted."
+            )
         if n_unordered := sum(pairing.unordered for pairing in pairings):
             sentence += (
                 f" In {n_unordered} of them the engine tells how many of consecutive one-token "
@@ -220,6 +229,23 @@ def _inconsistency(request: ObservedRequest, k: int) -> tuple[Fault, str] | None
         if drafted != UNKNOWN and accepted > drafted:
             return "steps differ", f"{where}"
     return None
+
+
+def wrong_end(request: ObservedRequest, case: Case) -> str | None:
+    """Why a request cannot have ended as is recorded, or None: at a stop id, or else at the limit
+    (where both fall together engines name either)."""
+    n_tokens = len(request.output_ids)
+    reasons = {
+        "stop": n_tokens > 0 and request.output_ids[-1] in case.stop_ids,
+        "length": n_tokens == case.max_tokens,
+    }
+    if reasons.get(request.finish_reason, False):
+        return None
+    stops = "a stop id" if reasons["stop"] else "no stop id"
+    return (
+        f"{request.name} is recorded to have ended by {request.finish_reason!r}: it holds "
+        f"{n_tokens} of {case.max_tokens} tokens, the last of them {stops}."
+    )
 
 
 def wrong_experts(
@@ -344,6 +370,12 @@ def _broken(request: ObservedRequest) -> str | None:
             f"its output {len(request.output_ids)}"
         )
     return None
+
+
+def _n_untold(request: ObservedRequest) -> int:
+    """Decode steps of which the engine does not tell what was drafted or accepted."""
+    told = zip(request.accepted[1:], request.drafted[1:], strict=True)
+    return sum(UNKNOWN in counts for counts in told)
 
 
 def _counted(token_ids: Sequence[int], accepted: int, drafted: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import platform
 import sys
@@ -68,3 +69,7 @@ class _BeforeSglang(MetaPathFinder):
 
 if os.environ.get("SHIM_TRITON") and importlib.util.find_spec("triton") is None:
     sys.meta_path.insert(0, _BeforeSglang())
+if os.environ.get("SHIM_FORK"):
+    # SGLang asks for spawned processes, each of which imports everything anew: a start takes 25 s
+    # instead of 5. Forking is safe where the parent has computed nothing with torch.
+    multiprocessing.set_start_method = lambda *_arguments, **_names: None
