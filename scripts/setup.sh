@@ -8,13 +8,19 @@ setup() {
     shift
     local PATH=$PWD/$venv/bin:$PATH # what is built here finds cmake and ninja of the lock file
     python=$(command -v python3.11 || command -v python3)
-    want=$(cat "$@" setup.cfg | sha256sum | cut -d' ' -f1)
+    # A line per file, of what was installed last: two calls may share an environment.
+    want=$(sha256sum "$@" setup.cfg)
     stamp=$venv/installed
-    if [ -x "$venv/bin/python" ] && grep -qsx "$want" "$stamp"; then
+    if [ -x "$venv/bin/python" ] && [ -f "$stamp" ] &&
+        [ "$(grep -cxFf "$stamp" <<<"$want")" = $(($# + 1)) ]; then
         return
     fi
     echo "installing into $(pwd)/$venv (about 500 MB the first time)"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    touch "$stamp"
+    for lock in "$@" setup.cfg; do
+        sed -i "\|  $lock\$|d" "$stamp" # until it is installed again
+    done
     for lock in "$@"; do
         # Everything is pinned and nothing is resolved, so no CUDA build can come along. PyTorch's
         # CPU build is not on PyPI: its own index is asked last.

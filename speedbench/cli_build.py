@@ -124,6 +124,7 @@ def select_command(argv: Sequence[str], prog: str) -> int:
     )
 
     refuse_existing(given.out)
+    _refuse_lost_embeddings(given.save_embeddings)
     pool = read_rows(given.source, ignored=given.ignore_columns)
     categories = [row.category for row in pool]
     _refuse_small_categories(categories, given.per_category)
@@ -159,6 +160,19 @@ def _refuse_small_categories(categories: Sequence[str], per_category: int) -> No
                 f"category {name!r} has {n} candidate(s), but --per_category is {per_category}: "
                 "ask for fewer, or give the pool more rows of it"
             )
+
+
+def _refuse_lost_embeddings(path: Path | None) -> None:
+    """Before anything is embedded: a file that could not be written, or not be used again."""
+    from speedbench.datasets.split import refuse_unwritable
+
+    if path is None:
+        return
+    if path.suffix != ".npy" or path.is_dir():
+        raise UserError(
+            f"--save_embeddings is {path}, expected a file that ends in .npy: rename it"
+        )
+    refuse_unwritable(path, "--save_embeddings")
 
 
 def _embeddings(given: argparse.Namespace, pool: Sequence[SplitRow]) -> Embeddings:

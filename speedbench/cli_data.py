@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,13 @@ def prepare_command(argv: list[str], prog: str) -> int:
             f"--config is missing: name one of {', '.join(SPEED_CONFIGS)}, or all"
             if given.config is None
             else f"--dataset {given.dataset} has no configurations: leave out --config"
+        )
+    if given.preparer_commit is not None and given.dataset != "speed":
+        raise UserError(f"--dataset {given.dataset} has no preparer: leave out --preparer_commit")
+    if given.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", given.sha256):
+        raise UserError(
+            f"--sha256 is '{given.sha256:.70}': expected 64 hex digits in lower case, as "
+            "`speedbench data` shows them"
         )
     from speedbench.datasets import prepare, preparer
 
@@ -185,8 +193,11 @@ def _watching() -> Iterator[Watcher]:
 
 
 def data_command(argv: list[str], prog: str) -> int:
-    if argv and argv[0] in SUBCOMMANDS:
-        return _subcommand(argv, prog)
+    with _signals():
+        return _subcommand(argv, prog) if argv and argv[0] in SUBCOMMANDS else _show(argv, prog)
+
+
+def _show(argv: list[str], prog: str) -> int:
     parser = _Parser(
         prog=prog,
         description="Show prepared data: identity, rows, requests, turns and token lengths.",

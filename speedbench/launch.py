@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -188,7 +189,9 @@ def own_devices(launch: Launch, n_each: int, environ: Mapping[str, str]) -> str 
     visible = visible_devices(environ)
     if not visible:  # an engine on CPUs; one that needs GPUs says so itself
         return None
-    per_task = any(environ.get(n) for n in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"))
+    # Where enough for all ranks are visible, sharing them out is right however Slurm bound them.
+    own = launch.launcher == "srun" and 0 < len(visible) <= _gpus_per_task(environ)
+    per_task = own and len(visible) < n_each * launch.local_size
     n_ranks = 1 if per_task else launch.local_size
     if len(visible) < n_each * n_ranks:
         raise UserError(
@@ -200,11 +203,24 @@ def own_devices(launch: Launch, n_each: int, environ: Mapping[str, str]) -> str 
     return ",".join(visible[first : first + n_each])
 
 
+def _gpus_per_task(environ: Mapping[str, str]) -> int:
+    """GPUs that srun gave to each task alone, 0 if it did not; words such as '2', 'h100:2' and
+    'cpu:4,gres/gpu:2' (which Slurm also sets where CPUs alone are asked for)."""
+    for name, pattern in (
+        ("SLURM_GPUS_PER_TASK", r"(\d+)$"),
+        ("SLURM_TRES_PER_TASK", r"\bgpu\b[^,]*?(\d+)(?:,|$)"),
+    ):
+        if found := re.search(pattern, environ.get(name, "")):
+            return int(found[1])
+    return 0
+
+
 def visible_devices(environ: Mapping[str, str]) -> list[str]:
     """The GPUs this process may use, in CUDA's words; empty without any."""
     named = environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
+        names = [name.strip() for name in named.split(",")]
+        return [name for name in names if name and name not in ("-1", "NoDevFiles")]
     try:
         done = subprocess.run(
             ("nvidia-smi", "--query-gpu=index", "--format=csv,noheader"),
@@ -255,7 +271,14 @@ def hold_nodes(launch: Launch) -> None:
     """
     if not launch.head or launch.size == 1:
         return
-    server = socket.create_server(("", _port_beside(launch)))
+    port = _port_beside(launch)
+    try:
+        server = socket.create_server(("", port))
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"port {port} of {os.uname().nodename}, by which the other nodes see the end, cannot "
+            f"be used ({error}): name another first port in {HEAD} (PORT of the job scripts)"
+        ) from None
     held: list[socket.socket] = []
 
     def accept() -> None:

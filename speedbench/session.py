@@ -24,6 +24,7 @@ from speedbench.types import (
     ConversationRecord,
     Engine,
     EngineCounters,
+    EngineDiedError,
     EngineInfo,
     Prompt,
     PromptRefusedError,
@@ -243,6 +244,15 @@ def resumed_target(directory: Path, config: RunConfig, prepared: Prepared) -> Ta
     return Target(directory, frozenset(done), manifest)
 
 
+def call_complete(target: Target) -> None:
+    """Correct the status of a run that ended early, but after its last row was committed."""
+    if target.manifest["status"] not in ("running", "partial"):
+        return
+    with store.locked(target.directory):  # refused while that run is still going on
+        manifest = store.read_manifest(target.directory)
+        store.write_manifest(target.directory, {**manifest, "status": "complete"})
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a measurement ended, for whoever talks to the user."""
@@ -324,7 +334,7 @@ def measure(
                 for one_entry, one in zip(entries, all_ended, strict=True):
                     one_entry.update(one.entry)
                 manifest["status"] = _status(all_ended)
-                store.write_manifest(target.directory, manifest)
+                _write_end(target.directory, manifest, all_ended)
 
         replicas.agree(finish)
     _raise_not_stored(all_ended)
@@ -359,12 +369,12 @@ class _Share:
     def measured(self, engine: Engine | None, fault: str, progress: Progress | None) -> _Ended:
         """Measure it, once all replicas are warm."""
         sampling = self.config.sampling(self.prepared.stop_token_ids)
+        message = f"the engine did not start: {fault}"
         if engine is not None:
-            _warm_up(self.config, self.prepared, engine, sampling, self.clock, self.stop)
+            message = self._warmed(engine, sampling)
         self.replicas.meet()
         met_ns = self.clock()
-        if engine is None:
-            message = f"the engine did not start: {fault}"
+        if engine is None or message:
             return self._ended(LoopEnd("engine died", message, met_ns, met_ns, 0, 0, 0), met_ns)
         before = engine.counters()
         writer = store.Writer(self.target.directory, self.target.session, self.replicas.rank)
@@ -392,6 +402,9 @@ class _Share:
         if end.reason == "engine died" and (why := self.stop()) is not None:
             # A terminal's Ctrl-C reaches the engine's processes, too.
             end = dataclasses.replace(end, reason="stopped", message=why)
+        if end.reason == "stopped" and loop.n_done == len(self.rows):
+            # The reason to stop came when nothing was left to stop.
+            end = dataclasses.replace(end, reason="finished", message="")
         not_stored = ""
         try:
             writer.close()
@@ -399,6 +412,18 @@ class _Share:
             not_stored = str(error)
         counted = _counted(engine, before)
         return self._ended(end, met_ns, counted, loop.n_done, len(failed), not_stored)
+
+    def _warmed(self, engine: Engine, sampling: Sampling) -> str:
+        """Warm the engine up; why it can measure nothing now, or ''. The other replicas wait."""
+        try:
+            _warm_up(self.config, self.prepared, engine, sampling, self.clock, self.stop)
+        except Exception as error:
+            if self.replicas.size == 1 and isinstance(error, UserError):
+                raise
+            told = isinstance(error, (UserError, EngineDiedError))
+            what = str(error) if told else f"{type(error).__name__}: {error}"
+            return f"the engine did not outlive its warm-up: {what}"
+        return ""
 
     def _ended(
         self,
@@ -507,6 +532,18 @@ def _status(all_ended: Sequence[_Ended]) -> str:
     return next(status for status in ("failed", "partial", "complete") if status in found)
 
 
+def _write_end(directory: Path, manifest: Mapping[str, Any], all_ended: Sequence[_Ended]) -> None:
+    """The manifest at the end. A disk that was full for the records is full for it, too."""
+    try:
+        store.write_manifest(directory, manifest)
+    except OSError as error:
+        if not any(one.not_stored for one in all_ended):  # else that is told
+            raise UserError(
+                f"how the run in {directory} ended could not be stored ({error}): free space or "
+                "mend the path, then --resume"
+            ) from None
+
+
 def _raise_not_stored(all_ended: Sequence[_Ended]) -> None:
     for rank, one in enumerate(all_ended):
         if one.not_stored:
@@ -533,6 +570,7 @@ def _outcome(all_ended: Sequence[_Ended]) -> Outcome:
 def _refuse_changed(target: Target) -> None:
     """Under the lock: the stored run must be as it was when its committed rows were read."""
     if not target.manifest:
+        store.refuse_existing(target.directory)
         return
     now = store.read_manifest(target.directory)
     if now["sessions"] != target.manifest["sessions"]:
@@ -548,7 +586,7 @@ def _same_engine(info: EngineInfo, target: Target) -> None:
         return
     now = _plain(dataclasses.asdict(info))
     for name, value in now.items():
-        if was.get(name) != value:
+        if name in was and was[name] != value:  # an older format does not tell them all
             raise UserError(
                 f"{target.directory} was measured with {name} = {was.get(name)!r}, the engine now "
                 f"says {value!r}: resume on the same engine and machine, or start a new run"

@@ -91,7 +91,7 @@ def refuse_existing(directory: Path) -> None:
 def _holds_anything(directory: Path) -> bool:
     """Whether there is more than the empty skeleton of a run that ended before it began."""
     return any(
-        (path.name not in FOLDERS and not path.name.startswith(".lock"))
+        (path.name not in FOLDERS and not path.name.startswith((".lock", ".manifest.json")))
         or (path.is_dir() and any(path.iterdir()))
         for path in directory.iterdir()
     )
@@ -117,6 +117,11 @@ def locked(directory: Path, replica: int = 0) -> Iterator[None]:
     still writing.
     """
     name = ".lock" if replica == 0 else f".lock-r{replica}"
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is not there on {os.uname().nodename}: name a --save_dir that every host "
+            "sees"
+        )
     with (directory / name).open("a+") as handle:
         _lock(handle, directory)
         handle.truncate(0)
@@ -137,6 +142,11 @@ def _lock(handle: IO[str], directory: Path) -> None:
         owner = handle.read().strip() or "another process"
         raise UserError(
             f"{directory} is being written by {owner}: wait for it or choose another --save_dir"
+        ) from None
+    except OSError as error:  # Lustre without -o flock, say
+        raise UserError(
+            f"{directory} cannot be locked ({error}): choose a --save_dir on a file system with "
+            "locks"
         ) from None
 
 
@@ -195,7 +205,11 @@ class Writer:
     def close(self) -> None:
         """Write what is pending. Raises UserError if it could not all be written."""
         self._queue.put(None)
-        self._thread.join()
+        try:
+            self._thread.join()
+        except BaseException:  # a second signal: what is measured is stored before the end
+            self._thread.join()
+            raise
         if self._failure is not None:
             self._salvage()
             lost = len(self._unwritten)

@@ -1,6 +1,7 @@
 """`run.py` with a null engine that fails where FAULT says: RANK:WHERE, or RANK:WHERE:POLLS.
 
-WHERE: start (the engine does not start), refuse (a UserError at the start), die (the engine dies),
+WHERE: start (the engine does not start), refuse (a UserError at the start), forget (it dies as its
+warm-up ends), die (the engine dies),
 crash (it raises something unforeseen), kill (the whole process is killed), differ (its engine is
 not like the others').
 """
@@ -40,6 +41,11 @@ class FaultyEngine(engines.null.NullEngine):
             if self._where == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().poll()
+
+    def forget(self) -> None:
+        if self._where == "forget":
+            raise EngineDiedError("its GPU is gone")
+        super().forget()
 
     def describe(self) -> EngineInfo:
         info = super().describe()

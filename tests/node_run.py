@@ -32,6 +32,7 @@ class SpreadEngine(engines.null.NullEngine):
             worker = subprocess.Popen(["sleep", "600"])
             (self._meet / "worker").write_text(str(worker.pid))
             worker.wait()  # as vLLM's do, whatever becomes of the first node
+            (self._meet / "worker-ended").touch()
         while not (self._meet / "node-1.json").exists():
             time.sleep(0.05)
         super().__init__(replace(settings, engine_args=arguments))

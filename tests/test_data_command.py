@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from speedbench.cli_data import data_command
 from speedbench.config import RunConfig
 from speedbench.datasets import Dataset, identity, select
 from speedbench.datasets.files import parquet_records
-from speedbench.datasets.overview import Lengths, Spread, files_of, overview
+from speedbench.datasets.overview import Lengths, Spread, figure, files_of, overview
 from speedbench.datasets.rows import to_conversations
 from speedbench.types import Conversation, UserError
 from tests.hub import parquet, qualitative_rows
@@ -94,6 +95,39 @@ def test_a_changed_file_is_said_to_be(folder: Path, capsys: pytest.CaptureFixtur
     table = parquet_records([file])  # the same rows, other bytes
     file.write_bytes(parquet([dict(r.values) | {"src_id": "other"} for r in table]))
     assert as_json(capsys, str(file))[0]["fault"].startswith("the rows are those")
+
+
+@pytest.mark.parametrize("lost", ["sha256", "file", "source", "licences", "prepared_utc"])
+def test_a_damaged_identity_is_one_sentence(
+    folder: Path, lost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "speed" / "qualitative" / "identity.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in values.items() if k != lost}))
+    (found,) = as_json(capsys, str(folder))
+    assert found["identity"] is None
+    assert f"lacks '{lost}'" in found["fault"]
+    assert "\n" not in found["fault"]
+
+
+def test_an_interruption_is_no_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("speedbench.datasets.overview.overview", interrupted)
+    monkeypatch.setattr("speedbench.cli_build.select_command", interrupted)
+    for arguments in ([str(folder)], ["select", "--from", "x"]):
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+            data_command(arguments, "speedbench data")
+        assert repr(ended.value) == f"SystemExit({128 + signal.SIGINT})"
+
+
+def test_a_category_is_no_formula(models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"category": r"$\cost$", "prompt": "a"}) + "\n")
+    drawn = figure(overview(file, Lengths(str(models / "word" / "target"))), None)
+    assert drawn.startswith("<svg")
 
 
 def test_token_lengths_and_rows_over_a_limit(

@@ -168,20 +168,32 @@ def test_a_process_without_a_launcher_is_left_alone(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("visible", "n_each", "local", "more", "expected"),
+    ("launcher", "visible", "n_each", "local", "more", "expected"),
     [
-        ("0,1,2,3,4,5,6,7", 2, (0, 4), {}, "0,1"),
-        ("0,1,2,3,4,5,6,7", 2, (3, 4), {}, "6,7"),
-        ("4,5,6,7", 1, (1, 2), {}, "5"),
-        ("GPU-a,GPU-b", 1, (1, 2), {}, "GPU-b"),
-        ("", 4, (1, 2), {}, None),  # CPUs only
-        ("0", 1, (3, 4), {"SLURM_GPUS_PER_TASK": "1"}, "0"),  # Slurm has shared them out
+        ("mpirun", "0,1,2,3,4,5,6,7", 2, (0, 4), {}, "0,1"),
+        ("mpirun", "0,1,2,3,4,5,6,7", 2, (3, 4), {}, "6,7"),
+        ("mpirun", "4,5,6,7", 1, (1, 2), {}, "5"),
+        ("mpirun", "GPU-a,GPU-b", 1, (1, 2), {}, "GPU-b"),
+        ("mpirun", "", 4, (1, 2), {}, None),  # CPUs only
+        ("mpirun", "-1", 4, (1, 2), {}, None),
+        ("srun", "NoDevFiles", 4, (1, 2), {}, None),
+        # Slurm has shared them out.
+        ("srun", "0", 1, (3, 4), {"SLURM_GPUS_PER_TASK": "1"}, "0"),
+        ("srun", "0,1", 2, (1, 2), {"SLURM_GPUS_PER_TASK": "h100:2"}, "0,1"),
+        ("srun", "0", 1, (3, 4), {"SLURM_TRES_PER_TASK": "cpu:8,gres/gpu:1"}, "0"),
+        ("srun", "0,1", 2, (1, 2), {"SLURM_TRES_PER_TASK": "gres/gpu:h100=2,cpu=8"}, "0,1"),
+        # Slurm says so of the CPUs alone, or of a job in which mpirun started the ranks, or bound
+        # none of them: all ranks see all GPUs.
+        ("srun", "0,1,2,3", 1, (2, 4), {"SLURM_TRES_PER_TASK": "cpu:16"}, "2"),
+        ("mpirun", "0,1,2,3", 1, (2, 4), {"SLURM_GPUS_PER_TASK": "1"}, "2"),
+        ("srun", "0,1,2,3", 1, (2, 4), {"SLURM_GPUS_PER_TASK": "1"}, "2"),
     ],
 )
 def test_each_replica_sees_its_own_gpus(
-    visible: str, n_each: int, local: tuple[int, int], more: dict[str, str], expected: str | None
-) -> None:
-    launched = Launch("mpirun", local[0], local[1], *local)
+    launcher: str, visible: str, n_each: int, local: tuple[int, int], more: dict[str, str],
+    expected: str | None,
+) -> None:  # fmt: skip
+    launched = Launch(launcher, local[0], local[1], *local)
     environ = {"CUDA_VISIBLE_DEVICES": visible, **more}
     assert launch.own_devices(launched, n_each, environ) == expected
 
@@ -193,6 +205,9 @@ def test_too_few_gpus_are_refused_and_one_process_keeps_all() -> None:
     task = {"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_PER_TASK": "1"}
     with pytest.raises(UserError, match="2 GPU"):
         launch.own_devices(Launch("srun", 0, 2, 0, 2), 2, task)
+    unbound = {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "1"}
+    with pytest.raises(UserError, match="need 4"):  # not both on GPUs 0 and 1
+        launch.own_devices(Launch("srun", 1, 2, 1, 2), 2, unbound)
     assert launch.own_devices(Launch("mpirun", 0, 1, 0, 1), 8, environ) is None
     assert launch.own_devices(Launch("srun", 1, 2, 0, 1, "a:1"), 8, environ) is None
 
@@ -244,6 +259,15 @@ def is_connected(port: int) -> bool:
         for line in Path("/proc/net", name).read_text().splitlines()[1:]
     ]  # fmt: skip
     return any(row[1].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+
+
+def test_a_port_in_use_is_one_sentence() -> None:
+    with socket.create_server(("", 0)) as server:
+        head = f"localhost:{server.getsockname()[1] - 1}"
+        with pytest.raises(UserError, match=r"port \d+ of .*in use.*PORT"):
+            launch.hold_nodes(Launch("srun", 0, 2, 0, 1, head))
+    with pytest.raises(UserError, match="port 65536"):
+        launch.hold_nodes(Launch("srun", 0, 2, 0, 1, "localhost:65535"))
 
 
 def test_a_further_node_ends_with_the_first_however_that_ends(tmp_path: Path) -> None:

@@ -336,7 +336,8 @@ def test_offline_uses_the_cache_or_says_so(place: Place, monkeypatch: pytest.Mon
 
 FAULTS: dict[str, tuple[str, Sequence[str]]] = {
     "fails": (
-        "raise SystemExit('ValueError: the source has moved')",
+        # Not SystemExit: pyarrow's threads may abort an interpreter that ends this early.
+        "print('ValueError: the source has moved', flush=True); os._exit(1)",
         ["failed with exit code 1", "ValueError: the source has moved", "qualitative.log"],
     ),
     "leaves a placeholder": (
@@ -363,7 +364,7 @@ FAULTS: dict[str, tuple[str, Sequence[str]]] = {
         "rows = [{**r, 'difficulty': 1} for r in rows]; table = pa.Table.from_pylist(rows)",
         ["'difficulty' as int64, expected string"],
     ),
-    "writes nothing": ("raise SystemExit(0)", ["ended well but wrote 0 parquet files"]),
+    "writes nothing": ("os._exit(0)", ["ended well but wrote 0 parquet files"]),
 }  # fmt: skip
 
 
@@ -382,6 +383,25 @@ def test_the_preparer_reads_the_revision_that_was_asked_for(place: Place) -> Non
     assert place.hub.branches["nvidia/SPEED-Bench"] == LATER
     assert done.identity["source"]["revision"] == EARLY
     assert not [r for r in place.hub.paths("/resolve/") if EARLY not in r]
+
+
+def test_the_python_is_the_one_that_ran(place: Place, shared: Mapping[str, Any]) -> None:
+    place.prepare()
+    (settings,) = shared["cache"].rglob("pyvenv.cfg")
+    text = settings.read_text()
+    settings.write_text(
+        "".join(
+            "version = 3.9.99\n"
+            if line.startswith("version") and "info" not in line
+            else line + "\n"
+            for line in text.splitlines()
+        )
+    )
+    try:
+        (done,) = place.prepare(out=place.out / "again")
+    finally:
+        settings.write_text(text)
+    assert done.identity["preparer"]["python"] == "3.9.99"
 
 
 def test_another_hash_than_the_named_one(prepared: Place) -> None:
@@ -520,6 +540,17 @@ def test_a_file_system_that_cannot_exchange_folders(
     assert [n for n in place.left() if n.startswith(".")] == []
 
 
+def test_a_link_to_another_disk_stays(tmp_path: Path) -> None:
+    there, link = tmp_path / "disk" / "q", tmp_path / "q"
+    link.symlink_to(there)
+    for text in ("old", "new"):
+        with landing.landing(link) as folder:
+            (folder / "rows").write_text(text)
+        assert (there / "rows").read_text() == text
+    assert link.is_symlink()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".q.lock", "disk", "q", "q", "rows"]
+
+
 def test_killed_between_the_two_renames(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     (done,) = place.prepare(revision="main")
     done.folder.rename(place.out / ".qualitative.previous")  # what a kill would leave
@@ -616,6 +647,8 @@ def test_refusals_of_the_command(place: Place, capsys: pytest.CaptureFixture[str
         ([], "--config is missing: name one of qualitative"),
         (["--dataset", "mtbench", "--config", "all"], "mtbench has no configurations"),
         (["--config", "agentic"], "agentic"),
+        (["--config", "qualitative", "--sha256", "ABC"], "--sha256 is 'ABC': expected 64 hex"),
+        (["--dataset", "mtbench", "--preparer_commit", "e" * 40], "mtbench has no preparer"),
         (["--config", "all", "--out", str(place.out)], "add --accept_license"),
     ):
         with pytest.raises(UserError, match=words):
@@ -682,6 +715,26 @@ def test_a_moved_file_of_one_benchmark(
     with pytest.raises(UserError, match="has no revision v9"):
         fetch(tmp_path / "out", revision="v9")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_revision_is_a_whole_name_and_a_tag_is_the_commit_it_is_of(mtbench: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        run = ["git", "-C", str(mtbench), *who, *arguments]
+        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+
+    first = git("rev-parse", "HEAD")
+    git("branch", "early/main")  # listed before main
+    git("tag", "-a", "-m", "signed off", "v1")
+    git("commit", "-q", "--allow-empty", "-m", "y")
+    url = mtbench.as_uri()
+    assert preparer.commit_of(url, "main") == git("rev-parse", "HEAD") != first
+    assert preparer.commit_of(url, "v1") == first
+
+
+def test_what_git_says_is_told_and_not_its_advice(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not appear to be a git repository"):
+        preparer.commit_of(str(tmp_path / "none"), "main")
 
 
 # AIPerf's names

@@ -133,6 +133,7 @@ RUN = (*NULL, "--num_requests", "60", "--output_length", "20", "--concurrency", 
     [
         ("1:start", "the engine did not start: RuntimeError: no GPU answers"),
         ("1:refuse", "the engine did not start: the weights are not there"),
+        ("1:forget", "the engine did not outlive its warm-up: its GPU is gone"),
         ("1:die:30", "the engine ended"),
         ("0:die:30", "the engine ended"),
         ("1:crash:30", "ZeroDivisionError"),

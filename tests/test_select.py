@@ -341,6 +341,28 @@ def test_faults_are_one_sentence_and_leave_nothing(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_dir()) == []
 
 
+def test_what_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worked(*_: Any) -> None:
+        raise AssertionError("texts were embedded")
+
+    monkeypatch.setattr("speedbench.datasets.embed.embed", worked)
+    (tmp_path / "file").write_text("")
+    rows, inside = pool_rows({"math": 4}), str(tmp_path / "file" / "x.npy")
+    said = refused(tmp_path, rows, "tfidf", "--save_embeddings", inside)
+    assert said.startswith(f"--save_embeddings {inside} cannot be written (Not a directory")
+    said = refused(tmp_path, rows, "tfidf", "--save_embeddings", str(tmp_path / "vectors"))
+    assert "expected a file that ends in .npy" in said
+    assert "--out" in refused(tmp_path, rows, "tfidf", "--out", inside)
+
+
+def test_a_column_that_is_read_cannot_be_left_out(tmp_path: Path) -> None:
+    rows = pool_rows({"math": 4})
+    said = refused(tmp_path, rows, vectors(4, 3, 0), "--ignore_columns", "category")
+    assert said.startswith("--ignore_columns names 'category', which is read")
+
+
 def test_unknown_columns_can_be_left_out(tmp_path: Path) -> None:
     rows = [{**row, "colour": "red"} for row in pool_rows({"a": 4})]
     out = run(tmp_path, rows, vectors(4, 3, 0), "--ignore_columns", "colour")

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,14 @@ import engines.null
 from speedbench import session, store
 from speedbench.cli import main
 from speedbench.config import from_dict
-from speedbench.types import EngineSettings, Request, UserError
+from speedbench.types import (
+    EngineDiedError,
+    EngineInfo,
+    EngineSettings,
+    Request,
+    Step,
+    UserError,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -407,3 +415,107 @@ def test_a_shard_without_rows_is_refused(
     assert shard(tmp_path / "run", "31/32") == 2
     assert "at most 31 shards" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# --- ends at awkward moments ----------------------------------------------------------------------
+
+
+class Twisted(engines.null.NullEngine):
+    """A null engine whose warm-up ends badly: what it learned cannot be dropped."""
+
+    fault: Exception | None = None
+
+    def forget(self) -> None:
+        if self.fault is not None:
+            raise self.fault
+        super().forget()
+
+
+@pytest.mark.parametrize("fault", [EngineDiedError("its GPU is gone"), ValueError("odd")])
+def test_an_engine_that_does_not_outlive_its_warm_up_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    monkeypatch.setattr(engines.null, "NullEngine", Twisted)
+    monkeypatch.setattr(Twisted, "fault", fault)
+    assert main(arguments(tmp_path / "run", "--num_requests", "5")) == 1
+    manifest = store.read_manifest(tmp_path / "run")
+    assert manifest["status"] == "failed"
+    assert str(fault) in manifest["sessions"][0]["message"]
+    monkeypatch.setattr(Twisted, "fault", None)
+    assert main(["run", "--resume", "--save_dir", str(tmp_path / "run")]) == 0
+    assert set(conversations(tmp_path / "run").values()) == {1}
+    assert len(conversations(tmp_path / "run")) == 5
+
+
+def test_a_full_disk_is_told_even_where_the_manifest_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, write = tmp_path / "run", store.write_manifest
+
+    def full(directory: Path, manifest: Mapping[str, Any]) -> None:
+        if manifest["status"] != "running":
+            raise OSError(28, "No space left on device")
+        write(directory, manifest)
+
+    monkeypatch.setattr(store, "write_manifest", full)
+    assert main(arguments(run_dir, "--num_requests", "5")) == 2
+    assert "how the run in" in (err := capsys.readouterr().err)
+    assert "--resume" in err
+    assert len(conversations(run_dir)) == 5
+
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.Writer, "_write_part", no_room)
+    assert main(arguments(tmp_path / "b", "--num_requests", "5")) == 2
+    assert "5 finished conversation(s) are not stored" in capsys.readouterr().err
+
+    monkeypatch.undo()
+    assert main(["run", "--resume", "--save_dir", str(run_dir)]) == 0
+    assert store.read_manifest(run_dir)["status"] == "complete"  # nothing was left to measure
+    assert main(["run", "--resume", "--save_dir", str(tmp_path / "b")]) == 0
+    assert len(conversations(tmp_path / "b")) == 5
+
+
+def test_a_notice_after_the_last_row_leaves_a_complete_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noticed(engines.null.NullEngine):
+        def poll(self) -> Sequence[Step]:
+            steps = super().poll()
+            if any(step.finish_reason is not None for step in steps):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return steps
+
+    monkeypatch.setattr(engines.null, "NullEngine", Noticed)
+    assert main(arguments(tmp_path / "r", "--num_requests", "1", "--warmup", "0")) == 138
+    manifest = store.read_manifest(tmp_path / "r")
+    assert manifest["status"] == "complete"
+    assert manifest["sessions"][0]["end"] == "finished"
+
+
+def test_a_run_that_another_process_made_meanwhile_is_not_written_over(tmp_path: Path) -> None:
+    """Between the look at the directory and the lock: the other has come, measured and gone."""
+    assert main(arguments(tmp_path / "run", "--num_requests", "3")) == 0
+    before = (tmp_path / "run" / "manifest.json").read_text()
+    with pytest.raises(UserError, match="already holds a run"):
+        session._refuse_changed(session.Target(tmp_path / "run"))
+    assert (tmp_path / "run" / "manifest.json").read_text() == before
+
+
+def test_what_an_older_format_does_not_tell_of_its_engine_is_not_compared(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert main(arguments(run_dir, "--num_requests", "300", "--max_duration", "0.001")) == 0
+    manifest = store.read_manifest(run_dir)
+    assert manifest["status"] == "partial"
+    del manifest["engine"]["fits_drafts"]  # as format 1 is
+    for entry in manifest["sessions"]:
+        del entry["replica"]
+    store.write_manifest(run_dir, {**manifest, "format": 1})
+    assert main(["run", "--resume", "--save_dir", str(run_dir)]) == 0
+    assert set(conversations(run_dir).values()) == {1}
+    assert len(conversations(run_dir)) == 300
+    changed = {**store.read_manifest(run_dir), "status": "partial"}
+    info = EngineInfo(**{**changed["engine"], "max_num_seqs": 999})
+    with pytest.raises(UserError, match="max_num_seqs"):
+        session._same_engine(info, session.Target(run_dir, manifest=changed))

@@ -209,6 +209,43 @@ def test_a_preempted_job_is_queued_again_and_goes_on(script: str, job: Job) -> N
     assert kept < set(store.committed(run_dir))
 
 
+def test_a_notice_leaves_the_further_nodes_to_the_first(job: Job) -> None:
+    """srun passes it on to all nodes: one that ended at once would take the engine with it."""
+    process = subprocess.Popen(
+        job.command(with_null("vllm.sbatch", job.folder), "--random_isl", "4", "--num_requests",
+                    "700", "--output_length", "20", "--concurrency", "4", "--runtime_params",
+                    slow(job.folder)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**job.environment(), "SLURM_JOB_NUM_NODES": "2", "PORT": str(free_port()),
+             "RUN": f"{sys.executable} tests/node_run.py"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list((job.folder / "run" / "turns").glob("*.parquet")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "nothing was stored in 60 s"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 138, err
+    assert "ended by SIGUSR1" not in err
+    assert not (job.folder / "worker-ended").exists()  # by the signal: the first node ends it
+    (entry,) = store.read_manifest(job.folder / "run")["sessions"]
+    assert entry["end"] == "stopped"
+
+
+def test_a_notice_before_the_step_queues_the_job_again_without_it(job: Job) -> None:
+    words = (
+        f"set -euo pipefail; SPEEDBENCH={ROOT} CONTAINER=; . {SLURM}/common.sh; begin; "
+        "kill -USR1 $$; step -- true; finish"
+    )
+    done = subprocess.run(
+        ["bash", "-c", words], capture_output=True, text=True, check=False, timeout=30,
+        env={**job.environment(), "GRACE_S": "1"},
+    )  # fmt: skip
+    assert done.returncode == 143, done.stderr
+    assert job.log == [{"scontrol": "requeue 77"}]
+
+
 def test_a_step_that_does_not_end_is_not_waited_for(job: Job) -> None:
     """An engine that is still starting holds the notice back: the job is queued again without."""
     stuck = job.folder / "stuck.py"

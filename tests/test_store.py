@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from collections.abc import Sequence
@@ -381,6 +382,50 @@ def test_a_failed_write_is_salvaged_with_its_experts(tmp_path: Path) -> None:
 
 
 # --- writing --------------------------------------------------------------------------------------
+
+
+def test_a_directory_in_which_the_first_manifest_was_not_finished_is_new(tmp_path: Path) -> None:
+    store.create(tmp_path / "run")
+    (tmp_path / "run" / ".manifest.json.tmp").write_text("{")  # killed, or the disk was full
+    store.create(tmp_path / "run")
+
+
+def test_a_directory_that_cannot_be_locked_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        pytest.raises(UserError, match=r"is not there on .*every host sees"),
+        store.locked(tmp_path / "elsewhere", 1),
+    ):
+        pass
+
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"cannot be locked .*--save_dir"), store.locked(tmp_path):
+        pass
+
+
+def test_an_interrupted_close_still_stores_all(tmp_path: Path) -> None:
+    """A second signal ends the process at once, and with it the writing thread."""
+    store.create(tmp_path / "run")
+    writer = store.Writer(tmp_path / "run", 0, interval_s=60.0)
+    writer.commit(conversation("c", "cat", [1, 2]))
+    join, calls = writer._thread.join, []
+
+    def interrupted(timeout: float | None = None) -> None:
+        calls.append(timeout)
+        if len(calls) == 1:
+            raise SystemExit(143)
+        join(timeout)
+
+    writer._thread.join = interrupted  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        writer.close()
+    assert not writer._thread.is_alive()
+    store.write_manifest(tmp_path / "run", manifest())
+    assert store.committed(tmp_path / "run") == {"c": True}
 
 
 def test_an_existing_run_is_never_written_over(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@
 
 preempted=
 signalled=
+step_pid=
 status=0
 
 begin() {
@@ -43,6 +44,7 @@ head_of_nodes() {
 
 pass_on() {
     signalled=yes
+    [ -n "$step_pid" ] || return 0
     kill -"$1" "$step_pid" 2>/dev/null || true
     # An engine that is still starting does not end before it has started: do not wait for it.
     { timeout "$GRACE_S" tail --pid="$step_pid" -f /dev/null || kill -KILL "$step_pid"; } \
@@ -56,6 +58,10 @@ step() {
         shift
     done
     shift
+    if [ -n "$signalled" ]; then # before there was anything to pass it on to
+        status=143
+        return
+    fi
     srun "${options[@]}" "${own[@]}" "$@" &
     step_pid=$!
     while :; do # a signal ends `wait` though the step goes on

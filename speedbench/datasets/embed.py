@@ -100,6 +100,7 @@ def open_array(path: Path) -> NDArray[Any]:
 def save_array(path: Path, vectors: NDArray[Any]) -> None:
     """Written whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as handle:
             np.save(handle, vectors)

@@ -31,6 +31,13 @@ NAME = "identity.json"
 """
 
 
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "dataset": str, "config": str, "source": dict, "preparer": (dict, type(None)),
+    "sha256": str, "file": str, "file_sha256": str, "licences": list, "prepared_utc": str,
+}  # fmt: skip
+"""What an identity file must hold to be used; `source` and `preparer` name a commit each."""
+
+
 def row_line(row: Conversation) -> bytes:
     """Canonical JSON of a row's content: keys sorted, no spaces, ASCII, one newline."""
     turns = {"turns": row.turns} if row.turns else {"token_turns": row.token_turns}
@@ -81,6 +88,14 @@ def read(folder: Path) -> Mapping[str, Any] | None:
         raise UserError(
             f"{path} has another format than {FORMAT}, the one this version writes: prepare the "
             "dataset again"
+        )
+    odd = [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]
+    for name, key in (("source", "repository"), ("source", "revision"), ("preparer", "commit")):
+        if not odd and found[name] is not None and not isinstance(found[name].get(key), str):
+            odd.append(f"{name}.{key}")
+    if odd:
+        raise UserError(
+            f"{path} lacks '{odd[0]}', or has it in another form: prepare the dataset again"
         )
     return found
 

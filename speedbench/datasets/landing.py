@@ -25,6 +25,8 @@ def landing(target: Path) -> Iterator[Path]:
     If the block does not end well, the folder is removed and `target` is what it was. Nobody else
     can be preparing the same target meanwhile. A folder that a killed process left is removed.
     """
+    if target.is_symlink():  # to another disk, where the data is to stay
+        target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -162,13 +162,14 @@ def figure(found: Overview, limit: int | None) -> str:
     from matplotlib.figure import Figure  # no pyplot: it would look for a display
 
     names = list(found.lengths)
+    labels = [name.replace("$", r"\$") for name in names]  # matplotlib would read mathematics
     drawing = Figure(figsize=(8, 0.8 + 0.32 * len(names)), layout="constrained")
     axes = drawing.subplots()
     axes.boxplot(
         [found.lengths[name] for name in names],
         orientation="horizontal",
         whis=(0, 100),
-        tick_labels=names,
+        tick_labels=labels,
         medianprops={"color": "black"},
     )
     axes.invert_yaxis()

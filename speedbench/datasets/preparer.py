@@ -99,7 +99,7 @@ def ready(url: str | None, commit: str, stage: Callable[[str], None], detail: De
     identity = {
         "repository": _shown(url or URL),
         "commit": commit,
-        "python": sys.version.split()[0],
+        "python": _version(python.parent.parent),
         "packages": packages,
     }
     return Preparer(folder, python, home / "logs", identity)
@@ -113,10 +113,14 @@ def commit_of(url: str, revision: str) -> str:
     """The commit that a branch or a tag of a git repository names now."""
     if _COMMIT.fullmatch(revision):
         return revision
-    listed = _git(["ls-remote", "--", url, revision], url, revision)
-    if not listed:
+    # Whole names: "main" alone would find a branch x/main, too. A signed tag is peeled (^{}).
+    names = [f"refs/heads/{revision}", f"refs/tags/{revision}^{{}}", f"refs/tags/{revision}"]
+    lines = _git(["ls-remote", "--", url, *names], url, revision).splitlines()
+    listed = {name: commit for commit, name in (line.split("\t", 1) for line in lines)}
+    found = next((listed[name] for name in names if name in listed), None)
+    if found is None:
         raise UserError(f"{_shown(url)} has no revision {revision}: name a branch, tag or commit")
-    return listed.split()[0]
+    return found
 
 
 def checkout(url: str, commit: str, part: str) -> Path:
@@ -164,7 +168,7 @@ def _git(arguments: Sequence[str], url: str, commit: str) -> str:
     except FileNotFoundError:
         raise UserError("git is not installed, which fetches the sources: install git") from None
     if done.returncode != 0:
-        reason = _shown(_last_line(done.stderr) or f"exit code {done.returncode}")
+        reason = _shown(_fatal_line(done.stderr) or f"exit code {done.returncode}")
         raise UserError(
             f"git could not fetch {commit[:12]} from {_shown(url)} ({reason}): check the network, "
             "or name a mirror with --git_url"
@@ -197,6 +201,13 @@ def _environment(venv: Path, folder: Path, detail: Detail) -> tuple[Path, list[s
             marker.write_text(json.dumps(frozen.stdout.split("\n")[:-1]), encoding="utf-8")
     packages: list[str] = json.loads(marker.read_text(encoding="utf-8"))
     return python, packages
+
+
+def _version(venv: Path) -> str:
+    """The Python that an environment was built with; ours may be another by now."""
+    text = (venv / "pyvenv.cfg").read_text(encoding="utf-8")
+    found = re.search(r"^version\s*=\s*(\S+)", text, re.MULTILINE)
+    return found[1] if found else "unknown"
 
 
 def _own_environment() -> dict[str, str]:
@@ -248,8 +259,10 @@ def _lines(stream: IO[bytes], log: IO[bytes]) -> Iterator[str]:
         yield text
 
 
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "")
+def _fatal_line(text: str) -> str:
+    """The line in which git says what is wrong; advice follows it."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return next((line for line in lines if line.startswith("fatal:")), lines[-1] if lines else "")
 
 
 def _shown(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,12 @@ def read_rows(
     """Every row of a JSONL or parquet file. A column that is neither of the schema, nor in `extra`,
     nor `ignored` is refused: it would be lost in silence.
     """
+    for name in ignored:
+        if name in (*COLUMNS, *LOOSE_TURNS, *extra):
+            raise UserError(
+                f"--ignore_columns names '{name}', which is read: rename it in {path}, or leave it "
+                "out of --ignore_columns"
+            )
     rows: dict[str, SplitRow] = {}
     first: dict[str, str] = {}
     for record in _records(path):
@@ -159,3 +166,16 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"--out {out} exists and is no folder: name a new folder")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} exists and is not empty: name a new folder, or remove it")
+    refuse_unwritable(out, "--out")
+
+
+def refuse_unwritable(path: Path, flag: str) -> None:
+    """Before the long work: a file is made where `path`, or its first new folder, is to be."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag} {path} cannot be written ({error.strerror} at {above}): name another place"
+        ) from None

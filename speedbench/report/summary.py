@@ -352,6 +352,8 @@ def _why_no_throughput(run: Run, n_sessions: int) -> str:
         return "conversations were in flight at the end, and their tokens are not in the records"
     if run.damage:
         return "a part of the records cannot be read"
+    if not len(run.columns.step):
+        return "no step was recorded"
     failed = [s["replica"] for s in sessions if len(sessions) > 1 and s.get("end") != "finished"]
     return f"replica {failed[0]} did not measure its share" if failed else ""
 
