@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import re
@@ -330,11 +331,22 @@ def _blocks(
             yield from _over(each, limit)
 
 
+def _built(found: Overview) -> Path | None:
+    """The report of `data select` or `data bucket` that names these very rows, if there is one."""
+    for folder in (found.path.parent, found.path.parent.parent):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if found.sha256 in (folder / "report.json").read_text(encoding="utf-8"):
+                return folder / "report.json"
+    return None
+
+
 def _facts(found: Overview) -> dict[str, str]:
     identity = found.identity
     facts = {"rows sha256": found.sha256}
     if identity is None:
-        return {"identity": "none: not prepared here, or changed since", **facts}
+        built = _built(found)
+        told = f"built as {built} says" if built else "none: not prepared here, or changed since"
+        return {"identity": told, **facts}
     source, tool = identity["source"], identity["preparer"]
     facts = {"source": f"{source['repository']} at {source['revision']}", **facts}
     if tool is not None:

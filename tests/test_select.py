@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speedbench.datasets
+from speedbench import cli
 from speedbench.cli_build import select_command
 from speedbench.config import RunConfig
 from speedbench.datasets import embed as embedding
@@ -298,6 +299,19 @@ def test_the_report_tells_the_similarities(tmp_path: Path) -> None:
     assert "http://" not in page
     assert "https://" not in page
     assert "<script" not in page
+
+
+def test_data_says_how_a_split_was_built_while_its_rows_are_those(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pool_rows({"a": 6})
+    out = run(tmp_path, rows, vectors(6, 4, 1), "--per_category", "2")
+    assert cli.main(["data", str(out)]) == cli.OK
+    assert "built as" in capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    (out / "report.json").write_text(json.dumps({**report, "sha256": "0" * 64}))
+    assert cli.main(["data", str(out)]) == cli.OK
+    assert "none: not prepared here" in capsys.readouterr().out
 
 
 def test_one_seed_writes_the_same_bytes(tmp_path: Path) -> None:
