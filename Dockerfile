@@ -12,6 +12,8 @@ COPY speedbench speedbench
 COPY engines engines
 COPY data data
 COPY scripts scripts
+# Some images mark their Python as managed by the system; it is the engine's, and ours to add to.
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
 # --no-deps for speedbench itself, and no pins: what the engine brought must not move. Beside it:
 # hadolint ignore=DL3013
 RUN python3 -m pip install --no-cache-dir "pyarrow>=15" "scipy>=1.11" "pydantic>=2.5" "rich>=13" \
