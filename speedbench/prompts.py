@@ -61,10 +61,14 @@ class PromptEncoder:
 
     def encode_first_turns(self, rows: Sequence[Conversation]) -> list[list[int]]:
         """Turn 0 of every row. Raises UserError if the tokenizer cannot tell the rows apart."""
-        texts = [self._prompt(row, 0, ()) for row in rows]
-        encoded = self._encode(texts)
+        encoded: list[list[int]] = []
+        texts: set[int] = set()
+        for start in range(0, len(rows), BATCH_ROWS):  # not all rendered texts at a time
+            prompts = [self._prompt(row, 0, ()) for row in rows[start : start + BATCH_ROWS]]
+            texts.update(hash(prompt) for prompt in prompts if isinstance(prompt, str))
+            encoded += self._encode(prompts)
         # transformers may load a tokenizer that knows none of the text and drops it silently.
-        n_texts = len({text for text in texts if isinstance(text, str)})
+        n_texts = len(texts)
         n_prompts = len({(len(ids), *ids[:64], *ids[-64:]) for ids in encoded})
         if n_texts > 1 and n_prompts < n_texts / 2:
             raise UserError(
