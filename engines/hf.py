@@ -340,14 +340,18 @@ class HfEngine:
         dtype = options.pop("dtype", options.pop("torch_dtype", "auto"))
         name = "torch_dtype" if _version(self.version) < (4, 56) else "dtype"
         try:
-            model = self._transformers.AutoModelForCausalLM.from_pretrained(
+            model, loaded = self._transformers.AutoModelForCausalLM.from_pretrained(
                 model_dir,
                 trust_remote_code=self._settings.trust_remote_code,
+                output_loading_info=True,
                 **{name: dtype},
                 **options,
             )
+            _refuse_made_up_weights(model_dir, loaded)
             if "device_map" not in options:
                 model = model.to(device or ("cuda" if self._torch.cuda.is_available() else "cpu"))
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"transformers {self.version} cannot load {model_dir}: {_first_line(error)}"
@@ -587,7 +591,7 @@ def refuse_flags(settings: EngineSettings) -> None:
     ):
         if size > 1:
             raise UserError(
-                f"this adapter runs transformers in one process, --{flag} is {size}: use 1; "
+                f"transformers runs here in one process, --{flag} is {size}: use 1; "
                 "engine_args: {device_map: auto} spreads the layers of a large model over GPUs"
             )
     if settings.prefix_cache:
@@ -595,7 +599,10 @@ def refuse_flags(settings: EngineSettings) -> None:
             "transformers computes every prompt anew and has no --prefix_cache: leave it out"
         )
     if settings.capture_experts:
-        raise UserError("this adapter does not record experts: leave --capture_experts out")
+        raise UserError(
+            "transformers records no experts here: leave --capture_experts out, or use VLLM or "
+            "SGLANG"
+        )
     if settings.block_size is not None:
         raise UserError("transformers drafts --draft_length tokens: leave --block_size out")
     if settings.algorithm == "NGRAM" and settings.draft_model_dir is not None:
@@ -622,12 +629,23 @@ def check_options(settings: EngineSettings) -> None:
             raise UserError(f"engine_args sets '{name}': use --{HfEngine.flag_of[name]}")
         if name not in OPTIONS:
             raise UserError(
-                f"this adapter has no engine argument '{name}'{_like(name, set(OPTIONS))}"
+                f"transformers has no engine argument here named '{name}'"
+                f"{_like(name, set(OPTIONS))}"
             )
     for one, other in (("dtype", "torch_dtype"), ("device", "device_map")):
         if one in options and other in options:
             raise UserError(f"engine_args sets both '{one}' and '{other}': keep one of them")
     _ngram_max(settings)
+
+
+def _refuse_made_up_weights(model_dir: str, loaded: Mapping[str, Any]) -> None:
+    """transformers fills in weights that a checkpoint lacks with random ones, and goes on."""
+    missing = sorted(map(str, loaded.get("missing_keys") or ()))
+    if missing:
+        raise UserError(
+            f"{model_dir} lacks {len(missing)} weight(s) of its architecture, first {missing[0]}: "
+            "give a whole checkpoint of a causal language model (EAGLE and other heads are none)"
+        )
 
 
 def _ngram_max(settings: EngineSettings) -> int:

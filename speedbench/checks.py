@@ -367,6 +367,16 @@ def _rates(run: Run) -> Iterator[Check]:
                 "is rarely that wrong only at its first token; look for a misconfigured engine "
                 "(shifted positions, a wrong head, dropped arguments)"
             )
+    n_accepted = int(
+        (np.maximum(run.columns.accepted, run.columns.n_tokens - 1))[run.columns.step > 0]
+        .clip(0)
+        .sum()
+    )
+    if k and not lookup and n_accepted == 0 and int((run.columns.step > 0).sum()) >= 50:
+        yield _warning(
+            f"not one draft token was accepted in {int((run.columns.step > 0).sum())} steps: the "
+            "drafter was made for another model, or its weights were not loaded"
+        )
     if k and counts.n_decode and counts.told_apart and counts.n_verify == 0:
         told = "speculation was asked for, but not one draft was checked"
         yield _warning(f"{told}: the lookup never hit") if lookup else _error(told)

@@ -451,8 +451,8 @@ def _say_end(outcome: Outcome, directory: Path) -> None:
     if outcome.end.reason == "finished":
         return
     print(
-        f"\nThe run stopped early ({outcome.end.message}): {outcome.n_committed} of "
-        f"{outcome.n_rows} conversations are stored. Continue it with the same command and "
+        f"\nThe run stopped early ({outcome.end.message}): of {outcome.n_rows} conversations that "
+        f"were left, {outcome.n_committed} are stored now. Continue it with the same command and "
         f"--resume, or: run.py --save_dir {directory} --resume",
         file=sys.stderr,
     )
@@ -779,6 +779,11 @@ def _print_report(
         both = pair(*runs)
         if runs[0].directory.resolve() == runs[1].directory.resolve():
             raise UserError(f"{runs[0].directory} was named twice: name a baseline and another run")
+        if runs[1].manifest["engine"]["draft_length"] == 0:
+            raise UserError(
+                f"neither {runs[0].directory} nor {runs[1].directory} speculates: name a baseline "
+                "and a speculative run"
+            )
     elif len(runs) > 2:
         raise UserError(
             f"{len(runs)} runs were named: report one, or a baseline and a speculative run"

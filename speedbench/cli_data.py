@@ -345,7 +345,7 @@ def _facts(found: Overview) -> dict[str, str]:
     facts = {"rows sha256": found.sha256}
     if identity is None:
         built = _built(found)
-        told = f"built as {built} says" if built else "none: not prepared here, or changed since"
+        told = f"built as {built} says" if built else "none: not from `speedbench prepare`"
         return {"identity": told, **facts}
     source, tool = identity["source"], identity["preparer"]
     facts = {"source": f"{source['repository']} at {source['revision']}", **facts}

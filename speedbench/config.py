@@ -48,7 +48,9 @@ _SHARD = re.compile(r"(\d+)/(\d+)")
 
 def _seconds(value: object) -> object:
     """'90', '90s', '30m' or '2h' -> seconds."""
-    if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
+    if isinstance(value, str):
+        if (match := _DURATION.fullmatch(value.strip())) is None:
+            raise ValueError(f"--max_duration is '{value}': expected such as 90s, 30m or 2h")
         return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
     return value
 

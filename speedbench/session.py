@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import time
 import uuid
@@ -17,6 +18,7 @@ from typing import Any
 
 from speedbench import datasets, environment, prompts, store
 from speedbench.config import RunConfig
+from speedbench.datasets import tokens
 from speedbench.loop import Loop, LoopEnd
 from speedbench.replicas import ALONE, AgreedError, Replicas
 from speedbench.types import (
@@ -119,9 +121,8 @@ def prepare(config: RunConfig) -> Prepared:
 
 def _pretokenized(config: RunConfig, path: Path) -> Prepared:
     """The prompts of a token file, as they are: no tokenizer is loaded."""
-    from speedbench.datasets import tokens
-
     found = tokens.read(path)
+    _same_tokenizer(found, config)
     rows = datasets.select(found.dataset, config)
     kept = {(row.id, turn) for row in rows for turn in range(row.n_turns)}
     hashed = {key: prompt for key, prompt in found.prompts.items() if key in kept}
@@ -138,6 +139,21 @@ def _pretokenized(config: RunConfig, path: Path) -> Prepared:
         found.eos_token_ids,
         Counter(row.category for row in rows),
     )
+
+
+def _same_tokenizer(found: tokens.TokenFile, config: RunConfig) -> None:
+    """A token file must be of the model's own tokenizer, where the model's folder holds one."""
+    folders: list[Mapping[str, Any]] = list(found.about["tokenizer_files"].values())
+    made = folders[0].get("files", {}) if folders else {}
+    for name in ("tokenizer.json", "tokenizer.model"):
+        own = Path(config.model_dir or "") / name
+        if config.model_dir and name in made and own.is_file():
+            sha256 = hashlib.sha256(own.read_bytes()).hexdigest()
+            if sha256 != made[name]:
+                raise UserError(
+                    f"--prompts {config.prompts} was encoded with {found.about['tokenizer']}, "
+                    f"whose {name} is not that of {config.model_dir}: make one for this model"
+                )
 
 
 def _refuse_missing(flag: str, value: str | None) -> None:

@@ -396,3 +396,12 @@ def test_experts_that_were_asked_for_and_did_not_come(
     only(run, "error", "--capture_experts was asked for", words)
     good_run = stored(tmp_path / "good", [with_experts(16)], **about)
     assert said(good_run) == []
+
+
+def test_a_drafter_that_is_never_right_is_doubted(tmp_path: Path) -> None:
+    never = [1] * 30
+    rows = [conversation(f"c{i}", "a", turn(f"c{i}", never, told=told(never, 3))) for i in range(3)]
+    run = stored(tmp_path / "r", rows, sessions=with_counters(87, 0))
+    assert any("not one draft token was accepted in 87 steps" in s for s in said(run, "warning"))
+    few = [conversation("c0", "a", turn("c0", [1, 1, 1], told=told([1, 1, 1], 3)))]
+    assert said(stored(tmp_path / "few", few, sessions=with_counters(2, 0)), "warning") == []

@@ -432,3 +432,13 @@ def test_sampling_is_the_seeds(tiny: Path) -> None:
         with started(tiny, "DRAFT_TARGET", 3, seed=seed) as engine:
             found.append(counts(answer(engine, Request("r", [3], 60, sampling))))
     assert found[0] == found[1] != found[2]
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(models: Path) -> None:
+    """transformers would fill them in at random and go on: an EAGLE3 head as a draft model."""
+    with pytest.raises(UserError, match=r"lacks \d+ weight\(s\) of its architecture"):
+        HfEngine(
+            EngineSettings(
+                str(models / "word/target"), str(models / "word/eagle3"), "DRAFT_TARGET", 3
+            )
+        )

@@ -311,7 +311,7 @@ def test_data_says_how_a_split_was_built_while_its_rows_are_those(
     report = json.loads((out / "report.json").read_text())
     (out / "report.json").write_text(json.dumps({**report, "sha256": "0" * 64}))
     assert cli.main(["data", str(out)]) == cli.OK
-    assert "none: not prepared here" in capsys.readouterr().out
+    assert "not from `speedbench prepare`" in capsys.readouterr().out
 
 
 def test_one_seed_writes_the_same_bytes(tmp_path: Path) -> None:

@@ -108,8 +108,16 @@ def test_a_changed_or_foreign_file_is_refused(made: Path, tmp_path: Path) -> Non
     pq.write_table(table.replace_schema_metadata({}), tmp_path / "foreign.parquet")
     with pytest.raises(UserError, match="is no token file"):
         tokens.read(tmp_path / "foreign.parquet")
-    with pytest.raises(UserError, match="is no token file"):
+    with pytest.raises(UserError, match="does not exist"):
         tokens.read(tmp_path / "nothing.parquet")
+
+
+def test_the_tokens_of_another_model_are_refused(made: Path, models: Path) -> None:
+    other = {"engine": "NULL", "prompts": str(made), "model_dir": str(models / "bpe/target")}
+    with pytest.raises(UserError, match=r"whose tokenizer\.json is not that of"):
+        session.prepare(from_dict(other))
+    same = {**other, "model_dir": str(models / "word/target")}
+    assert session.prepare(from_dict(same)).encoder is None
 
 
 def test_an_existing_file_is_not_replaced(

@@ -83,12 +83,17 @@ def read(path: Path) -> TokenFile:
     """The prompts of a token file. Raises UserError if it is none, or was changed."""
     from speedbench.prompts import turn_sha256
 
+    if not path.is_file():
+        raise UserError(
+            f"--prompts {path} does not exist: make it with `speedbench data tokens --out {path}`"
+        )
     try:
         table = pq.read_table(path)
         about = json.loads((table.schema.metadata or {})[KEY])
         found = table.select(SCHEMA.names).to_pylist()
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         first = (str(error).splitlines() or ["unreadable"])[0]
+        first = "its metadata is not ours" if isinstance(error, KeyError) else first
         raise UserError(
             f"--prompts {path} is no token file ({first}): make one with `speedbench data tokens`"
         ) from None
