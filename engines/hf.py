@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import gc
 import time
 from collections import deque
@@ -31,6 +30,7 @@ from speedbench.types import (
     Support,
     UserError,
 )
+from speedbench.words import first_line, like
 
 OPTIONS = (
     "dtype",
@@ -354,7 +354,7 @@ class HfEngine:
             raise
         except Exception as error:
             raise UserError(
-                f"transformers {self.version} cannot load {model_dir}: {_first_line(error)}"
+                f"transformers {self.version} cannot load {model_dir}: {first_line(error)}"
             ) from error
         model.eval()
         model.generation_config = self._transformers.GenerationConfig()
@@ -436,7 +436,7 @@ class HfEngine:
             ) from error
         except Exception as error:
             if _is_fatal(error):
-                raise EngineDiedError(f"transformers cannot go on: {_first_line(error)}") from error
+                raise EngineDiedError(f"transformers cannot go on: {first_line(error)}") from error
             return recorder.failed(self._why(error, recorder.request))
         finally:
             self._recorder = None
@@ -474,7 +474,7 @@ class HfEngine:
 
     def _why(self, error: Exception, request: Request) -> str:
         if not isinstance(error, self._torch.cuda.OutOfMemoryError):
-            return f"transformers failed: {type(error).__name__}: {_first_line(error)}"
+            return f"transformers failed: {type(error).__name__}: {first_line(error)}"
         with contextlib.suppress(Exception):
             self._torch.cuda.empty_cache()
         return (
@@ -629,8 +629,7 @@ def check_options(settings: EngineSettings) -> None:
             raise UserError(f"engine_args sets '{name}': use --{HfEngine.flag_of[name]}")
         if name not in OPTIONS:
             raise UserError(
-                f"transformers has no engine argument here named '{name}'"
-                f"{_like(name, set(OPTIONS))}"
+                f"transformers has no engine argument here named '{name}'{like(name, set(OPTIONS))}"
             )
     for one, other in (("dtype", "torch_dtype"), ("device", "device_map")):
         if one in options and other in options:
@@ -675,7 +674,7 @@ def check_sampling(sampling: Sampling, fields: set[str], version: str) -> None:
         if name not in known:
             raise UserError(
                 f"the adapter of transformers {version} takes no sampling parameter '{name}'"
-                f"{_like(name, known)}"
+                f"{like(name, known)}"
             )
 
 
@@ -708,13 +707,3 @@ def _is_fatal(error: Exception) -> bool:
     """After an error inside a CUDA kernel every later call fails, too."""
     text = str(error)
     return "CUDA error" in text and "out of memory" not in text
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _like(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, 3)
-    return f": did you mean {' or '.join(close)}?" if close else f": it takes {', '.join(known)}"

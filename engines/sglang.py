@@ -14,9 +14,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
-import difflib
 import inspect
-import json
 import logging
 import multiprocessing
 import os
@@ -26,10 +24,10 @@ import threading
 import time
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
+from engines.checkpoint import refuse_other_vocabulary
 from engines.overheard import Overheard
 from speedbench.types import (
     Algorithm,
@@ -45,6 +43,7 @@ from speedbench.types import (
     Support,
     UserError,
 )
+from speedbench.words import first_line, like
 
 T = TypeVar("T")
 
@@ -207,7 +206,7 @@ class SglangEngine:
             from sglang.srt.server_args import ServerArgs
         except Exception as error:  # noqa: BLE001 - missing kernels show as errors of any kind
             raise UserError(
-                f"SGLang cannot be imported ({_first_line(error)}): install it (pip install "
+                f"SGLang cannot be imported ({first_line(error)}): install it (pip install "
                 "sglang), or run inside SGLang's container"
             ) from None
         self._settings = settings
@@ -409,7 +408,7 @@ class SglangEngine:
                 elif (told := chunk["meta_info"].get("finish_reason")) is not None:
                     why = _finish(told, ())[1] or why  # ended before a scheduler saw it
         except Exception as error:  # noqa: BLE001 - told as the request's failure
-            why = f"SGLang refused the request: {_first_line(error)}"
+            why = f"SGLang refused the request: {first_line(error)}"
         if rid in self._live:
             self._end(rid, live.seen)
             self._events.append(
@@ -530,13 +529,13 @@ class SglangEngine:
                 )
             if name not in known:
                 raise UserError(
-                    f"SGLang {self.version} has no sampling parameter '{name}'{_like(name, known)}"
+                    f"SGLang {self.version} has no sampling parameter '{name}'{like(name, known)}"
                 )
         try:
             SamplingParams(**self._sampling_params(sampling, 1)).verify(1 << 31)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"SGLang refuses the sampling parameters: {_first_line(error)}"
+                f"SGLang refuses the sampling parameters: {first_line(error)}"
             ) from None
 
     def _sampling_params(self, sampling: Sampling, max_tokens: int) -> dict[str, Any]:
@@ -797,7 +796,7 @@ def _installed_names(user: Mapping[str, Any], names: Collection[str]) -> dict[st
                 )
             found[str(other)] = value
         elif name not in names or name.startswith("_"):
-            raise UserError(f"SGLang has no engine argument '{name}'{_like(name, names)}")
+            raise UserError(f"SGLang has no engine argument '{name}'{like(name, names)}")
         else:
             found[name] = value
     return found
@@ -847,7 +846,7 @@ def _speculative_arguments(settings: EngineSettings, names: Collection[str]) -> 
     if settings.block_size is not None:
         found["speculative_dflash_block_size"] = settings.block_size
     if algorithm == "DRAFT_TARGET":
-        _refuse_other_vocabulary(settings)
+        refuse_other_vocabulary(settings)
     if settings.draft_sample_method is not None:
         found.update(_draft_sampling(settings, names))
     for name in found:
@@ -869,25 +868,6 @@ def _draft_sampling(settings: EngineSettings, names: Collection[str]) -> dict[st
     raise UserError(
         f"SGLang has no --draft_sample_method {method} for {settings.algorithm}: leave it out"
     )
-
-
-def _refuse_other_vocabulary(settings: EngineSettings) -> None:
-    """A separate draft model must share the target's vocabulary (checked for local folders)."""
-    sizes = [_vocab_size(d) for d in (settings.model_dir, settings.draft_model_dir or "")]
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise UserError(
-            f"the draft model {settings.draft_model_dir} has a vocabulary of {sizes[1]} tokens, "
-            f"the target {settings.model_dir} one of {sizes[0]}: use a draft model made for it"
-        )
-
-
-def _vocab_size(folder: str) -> int | None:
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-        return int(size) if size is not None else None
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def ignore_sigquit(_number: int, _frame: FrameType | None) -> None:
@@ -916,7 +896,7 @@ def why_no_start(error: Exception, cause: str | None) -> str:
     """
     if isinstance(error, UserError):
         return str(error)
-    message = _first_line(error)
+    message = first_line(error)
     if re.search("initialization", message, re.IGNORECASE) or isinstance(error, EngineDiedError):
         killed = re.search(r"exit code: -(\d+)", message)
         if killed and cause is None:
@@ -937,13 +917,3 @@ REMEDIES = (
     (r"sgl_kernel|sgl-kernel|sglang-kernel", "install the kernels that belong to this SGLang"),
 )
 """What a start-up message contains -> what to do."""
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _like(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, 3)
-    return f": did you mean {' or '.join(close)}?" if close else ": see its documentation"

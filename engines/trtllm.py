@@ -23,10 +23,8 @@ from engines.trtllm_arguments import (
     check_speculative,
     draft_length,
     engine_arguments,
-    first_line,
     installed,
     is_set,
-    like,
     model_config,
     recorded_environment,
     refuse_environment,
@@ -46,6 +44,7 @@ from speedbench.types import (
     Support,
     UserError,
 )
+from speedbench.words import first_line, like
 
 SAMPLING_OURS = {
     "max_tokens": "use --output_length",

@@ -7,7 +7,6 @@ an error; what we would set and it lacks is left out and reported.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import json
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from speedbench.types import Algorithm, EngineSettings, UserError
+from speedbench.words import first_line, like
 
 CLASSES: Mapping[Algorithm, tuple[str, ...]] = {
     "EAGLE3": ("Eagle3DecodingConfig", "EagleDecodingConfig"),  # the first from 1.3 on
@@ -608,22 +608,6 @@ def accepted_names(model: Any) -> set[str]:
             choices = getattr(alias, "choices", [alias])
             names.update(choice for choice in choices if isinstance(choice, str))
     return names
-
-
-def like(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), 3)
-    return f": did you mean {' or '.join(close)}?" if close else ": see its documentation"
-
-
-def first_line(error: Exception) -> str:
-    """The informative first line of an exception; pydantic puts it third, after the field."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if line.startswith("Value error, "):
-            return line.removeprefix("Value error, ").split(" [type=")[0]
-    if type(error).__name__ == "ValidationError" and len(lines) > 2:
-        return f"{lines[1]}: {lines[2].split(' [type=')[0]}"
-    return lines[0] if lines else type(error).__name__
 
 
 def why_no_start(error: Exception, api: Api) -> str:

@@ -10,15 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import difflib
-import json
 import os
 import re
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast, get_args
 
+from engines.checkpoint import checkpoint_config, refuse_other_vocabulary
 from engines.overheard import Overheard
 from speedbench.types import (
     UNKNOWN,
@@ -35,6 +33,7 @@ from speedbench.types import (
     Support,
     UserError,
 )
+from speedbench.words import first_line, like
 
 T = TypeVar("T")
 
@@ -382,7 +381,7 @@ class VllmEngine:
                     0,
                     (),
                     finish_reason="error",
-                    error=f"vLLM refused the request: {_first_line(error)}",
+                    error=f"vLLM refused the request: {first_line(error)}",
                 )
             )
 
@@ -413,7 +412,7 @@ class VllmEngine:
         try:
             done = self._run(self._llm.reset_prefix_cache())
         except Exception as error:
-            raise EngineDiedError(self._death or _first_line(error)) from error
+            raise EngineDiedError(self._death or first_line(error)) from error
         if done is False:
             raise UserError(
                 "vLLM did not drop the prefix cache that the warm-up filled: use --warmup 0, or "
@@ -431,7 +430,7 @@ class VllmEngine:
         try:
             self._sampling_params(sampling, 1)
         except (TypeError, ValueError) as error:
-            raise UserError(f"vLLM refuses the sampling parameters: {_first_line(error)}") from None
+            raise UserError(f"vLLM refuses the sampling parameters: {first_line(error)}") from None
 
     def _sampling_params(self, sampling: Sampling, max_tokens: int) -> Any:
         from vllm import SamplingParams
@@ -445,7 +444,7 @@ class VllmEngine:
                 )
             if name not in known or name.startswith("_"):
                 raise UserError(
-                    f"vLLM {self.version} has no sampling parameter '{name}'{_like(name, known)}"
+                    f"vLLM {self.version} has no sampling parameter '{name}'{like(name, known)}"
                 )
         # End-of-sequence ids are passed as stop ids, all of them, so that vLLM's own idea of the
         # end (one id) is not needed; the id that stops a request stays in its output.
@@ -568,7 +567,7 @@ def engine_arguments(
             )
         if name not in names:
             raise UserError(
-                f"vLLM {interface.version} has no engine argument '{name}'{_like(name, names)}"
+                f"vLLM {interface.version} has no engine argument '{name}'{like(name, names)}"
             )
     _refuse_flags_without_effect(settings)
     speculative = user.pop("speculative_config", {})
@@ -662,10 +661,10 @@ def _speculative_config(
     for name in {**config, **extra} if known else ():
         if name not in known:
             raise UserError(
-                f"vLLM {interface.version} has no speculative_config '{name}'{_like(name, known)}"
+                f"vLLM {interface.version} has no speculative_config '{name}'{like(name, known)}"
             )
     if algorithm == "DRAFT_TARGET":
-        _refuse_other_vocabulary(settings)
+        refuse_other_vocabulary(settings)
     if algorithm in ("PARD", "DFLASH"):
         _refuse_without_mask_token(settings)
     return {**config, **extra}
@@ -688,7 +687,7 @@ def _algorithm_config(settings: EngineSettings) -> dict[str, Any]:
 def _refuse_without_mask_token(settings: EngineSettings) -> None:
     """A drafter that fills all positions at once needs a token for the open ones (checked for
     local folders)."""
-    config = _read_config(settings.draft_model_dir or "")
+    config = checkpoint_config(settings.draft_model_dir or "")
     if config is None:
         return
     nested = config.get("dflash_config")
@@ -703,36 +702,6 @@ def _refuse_without_mask_token(settings: EngineSettings) -> None:
             f"{' or dflash_config.mask_token_id' if settings.algorithm == 'DFLASH' else ''}; "
             "use a checkpoint trained for it"
         )
-
-
-def _refuse_other_vocabulary(settings: EngineSettings) -> None:
-    """A separate draft model must share the target's vocabulary (checked for local folders)."""
-    sizes = [_vocab_size(d) for d in (settings.model_dir, settings.draft_model_dir or "")]
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise UserError(
-            f"the draft model {settings.draft_model_dir} has a vocabulary of {sizes[1]} tokens, "
-            f"the target {settings.model_dir} one of {sizes[0]}: use a draft model made for it"
-        )
-
-
-def _vocab_size(folder: str) -> int | None:
-    config = _read_config(folder)
-    try:
-        size = (config or {}).get("vocab_size") or (config or {}).get("text_config", {}).get(
-            "vocab_size"
-        )
-        return int(size) if size is not None else None
-    except (ValueError, AttributeError, TypeError):
-        return None
-
-
-def _read_config(folder: str) -> dict[str, Any] | None:
-    """config.json of a local checkpoint; None where there is none to be read."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config if isinstance(config, dict) else None
 
 
 def routed_experts(chunks: Sequence[Any]) -> RoutedExperts | None:
@@ -863,7 +832,7 @@ def why_no_start(error: Exception, cause: str | None, settings: EngineSettings) 
     """
     if isinstance(error, UserError):
         return str(error)
-    message = _first_line(error)
+    message = first_line(error)
     if "root cause" in str(error).lower():
         killed = re.search(r"': (-\d+)", str(error))
         if killed:
@@ -911,19 +880,3 @@ def _remedy(message: str, settings: EngineSettings) -> str:
             f"{settings.algorithm} with {settings.model_dir}"
         )
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    """The informative line of an exception; pydantic puts it third, below the field's name."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if line.startswith("Value error, "):
-            return line.removeprefix("Value error, ").split(" [type=")[0]
-    if len(lines) > 2 and re.match(r"\d+ validation errors? for ", lines[0]):
-        return f"{lines[1]}: {lines[2].split(' [type=')[0]}"
-    return lines[0] if lines else type(error).__name__
-
-
-def _like(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, 3)
-    return f": did you mean {' or '.join(close)}?" if close else ": see its documentation"

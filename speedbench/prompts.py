@@ -17,6 +17,7 @@ import numpy as np
 
 from speedbench.config import RunConfig
 from speedbench.types import Conversation, UserError
+from speedbench.words import first_line
 
 BATCH_ROWS = 256
 """Prompts per call of the tokenizer: enough to fill every core; a call keeps about 100 bytes per
@@ -188,7 +189,7 @@ class PromptEncoder:
             )
         except Exception as error:  # noqa: BLE001 - a template is a program and may raise anything
             raise UserError(
-                f"{what} does not fit the chat template of {self._source} ({_first_line(error)}): "
+                f"{what} does not fit the chat template of {self._source} ({first_line(error)}): "
                 "remove the row, or add --completions to send bare text"
             ) from None
         return text
@@ -217,7 +218,7 @@ class PromptEncoder:
             )["input_ids"]
         except Exception as error:  # noqa: BLE001 - tokenizers raise bare Exception
             raise UserError(
-                f"the tokenizer of {self._source} cannot encode a prompt ({_first_line(error)}): "
+                f"the tokenizer of {self._source} cannot encode a prompt ({first_line(error)}): "
                 "use a tokenizer that knows every character, or other rows"
             ) from None
         return ids
@@ -276,7 +277,7 @@ class PromptEncoder:
         except ValueError as error:
             raise UserError(
                 f"the tokenizer of {self._source} has several chat templates and none is the "
-                f"default ({_first_line(error)}): name a --tokenizer that has one"
+                f"default ({first_line(error)}): name a --tokenizer that has one"
             ) from None
         known = template_variables(template, self._source)
         for name in arguments:
@@ -299,7 +300,7 @@ def template_variables(template: str, source: str) -> list[str]:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except jinja2.TemplateError as error:
         raise UserError(
-            f"the chat template of {source} is not valid ({_first_line(error)}): mend it, or add "
+            f"the chat template of {source} is not valid ({first_line(error)}): mend it, or add "
             "--completions"
         ) from None
     names = meta.find_undeclared_variables(tree) - _NOT_ARGUMENTS
@@ -346,7 +347,7 @@ def read_history(path: str | Path) -> Mapping[str, tuple[str, ...]]:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--history_from {path} cannot be read ({_first_line(error)}): give a run directory or "
+            f"--history_from {path} cannot be read ({first_line(error)}): give a run directory or "
             "a JSONL file in UTF-8"
         ) from None
     history: dict[str, tuple[str, ...]] = {}
@@ -367,7 +368,7 @@ def _history_row(line: str, where: str) -> tuple[str, tuple[str, ...]]:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({_first_line(error)}): mend the line") from None
+        raise UserError(f"{where} is not JSON ({first_line(error)}): mend the line") from None
     row_id = values.get("question_id") if isinstance(values, dict) else None
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
         raise UserError(
@@ -406,7 +407,7 @@ def _load_tokenizer(source: str, flag: str, trust_remote_code: bool) -> Any:
             else "give a folder that holds a tokenizer, or a hub id that can be reached"
         )
         raise UserError(
-            f"{flag} {source} gives no tokenizer ({_first_line(error)}): {remedy}"
+            f"{flag} {source} gives no tokenizer ({first_line(error)}): {remedy}"
         ) from None
 
 
@@ -453,10 +454,6 @@ def _checkpoint_json(model_dir: str, name: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read as JSON ({_first_line(error)}): fetch the checkpoint again"
+            f"{path} cannot be read as JSON ({first_line(error)}): fetch the checkpoint again"
         ) from None
     return values if isinstance(values, dict) else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

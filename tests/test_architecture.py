@@ -14,6 +14,7 @@ STDLIB = sys.stdlib_module_names
 
 ALLOWED = {
     "speedbench.types": set(),
+    "speedbench.words": set(),
     "speedbench.launch": {"speedbench.types"},
     "speedbench.replicas": {"mpi4py", "speedbench.launch", "speedbench.types"},
     "speedbench.columns": {"numpy"},
@@ -28,6 +29,7 @@ ALLOWED = {
         "jinja2",
         "speedbench.types",
         "speedbench.config",
+        "speedbench.words",
     },
     "speedbench.store": {"numpy", "pyarrow", "speedbench.columns", "speedbench.types"},
     "speedbench.checks": {"numpy", "speedbench.columns", "speedbench.metrics", "speedbench.store"},
@@ -88,7 +90,7 @@ def test_dependencies_point_one_way(module: str) -> None:
     names = imports(MODULES[module])
     if is_within(module, "engines"):
         ours = {n for n in names if is_within(n, "speedbench")}
-        assert ours <= {"speedbench.types"}
+        assert ours <= {"speedbench.types", "speedbench.words"}
     for package, forbidden in FORBIDDEN.items():
         if is_within(module, package):
             bad = {n for n in names if any(is_within(n, f) for f in forbidden)}

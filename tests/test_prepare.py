@@ -334,6 +334,14 @@ def test_offline_uses_the_cache_or_says_so(place: Place, monkeypatch: pytest.Mon
     assert place.hub.paths("/api/") == []
 
 
+def test_a_preparer_that_aborts_after_its_work_did_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_FAULT", "import atexit; atexit.register(os.abort)")
+    (done,) = place.prepare()
+    assert done.identity["rows"] == 880
+
+
 FAULTS: dict[str, tuple[str, Sequence[str]]] = {
     "fails": (
         # Not SystemExit: pyarrow's threads may abort an interpreter that ends this early.

@@ -24,6 +24,7 @@ from speedbench.calibration import closed_form
 from speedbench.checks import reconcile
 from speedbench.config import from_dict
 from speedbench.report.summary import summarize
+from tests.processes import children_of, is_running
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parent.parent
@@ -273,23 +274,6 @@ def test_what_cannot_start_is_one_sentence_and_leaves_nothing(
 
 
 # ---------------------------------------------------------------- death
-
-
-def children_of(pid: int) -> list[int]:
-    done = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
-    )
-    found = [int(word) for word in done.stdout.split()]
-    return found + [grandchild for child in found for grandchild in children_of(child)]
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process still runs; one that ended and waits to be reaped does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from speedbench.calibration.verdict import Fault
 from speedbench.config import RunConfig, from_dict
 from speedbench.report.summary import summarize
 from speedbench.types import Engine, EngineCounters, EngineInfo, Request, Step
+from tests.processes import children_of, is_running
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parent.parent
@@ -413,23 +414,6 @@ def test_a_token_outside_the_vocabulary_is_refused_before_it_kills_the_engine(
     assert [row["id"] for row in run.manifest["refused"]] == [victim]
     assert "1000000" in run.manifest["refused"][0]["reason"]
     assert len(run.columns.conversation_ids) == 10
-
-
-def children_of(pid: int) -> list[int]:
-    done = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
-    )
-    found = [int(word) for word in done.stdout.split()]
-    return found + [grandchild for child in found for grandchild in children_of(child)]
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process still runs; one that ended and waits to be reaped does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_ctrl_c_ends_in_order_and_leaves_no_process(

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speedbench.types import UserError
+from speedbench.words import first_line
 
 API_KEY = "OPENAI_API_KEY"
 """The environment variable that an endpoint's key is read from; it is never stored."""
@@ -91,7 +92,7 @@ def open_array(path: Path) -> NDArray[Any]:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"--embeddings {path} cannot be read as a .npy array ({_first_line(error)}): write it "
+            f"--embeddings {path} cannot be read as a .npy array ({first_line(error)}): write it "
             "with numpy.save"
         ) from None
     return array
@@ -140,7 +141,7 @@ def _from_model(name: str, texts: Sequence[str]) -> Embeddings:
         model = package.SentenceTransformer(name)
     except Exception as error:  # noqa: BLE001 - a damaged or missing model raises anything
         raise UserError(
-            f"--embeddings {name} gives no sentence-transformers model ({_first_line(error)}): "
+            f"--embeddings {name} gives no sentence-transformers model ({first_line(error)}): "
             "give a folder, a hub id that can be reached, a .npy file, a URL, or tfidf"
         ) from None
     vectors = model.encode(
@@ -192,7 +193,7 @@ def _post(address: str, body: Mapping[str, object]) -> Any:
             if error.code != 429 and error.code < 500:
                 break
         except (OSError, http.client.HTTPException, ValueError) as error:
-            fault = _first_line(error)
+            fault = first_line(error)
         if attempt + 1 < N_TRIES:
             time.sleep(FIRST_WAIT_S * 2**attempt)
     raise UserError(
@@ -228,7 +229,7 @@ def mean_entropies(source: str, texts: Sequence[str], n_tokens: int) -> list[flo
     except Exception as error:  # noqa: BLE001 - a damaged or missing model raises anything
         raise UserError(
             f"--entropy {source} is neither a column of the rows nor a language model "
-            f"({_first_line(error)}): give either"
+            f"({first_line(error)}): give either"
         ) from None
     entropies = []
     with torch.inference_mode():
@@ -247,10 +248,6 @@ def _package(module: str, package: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{what} needs the package {package}, which is not there ({_first_line(error)}): "
+            f"{what} needs the package {package}, which is not there ({first_line(error)}): "
             f"pip install {package}"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

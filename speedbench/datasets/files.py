@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from speedbench.types import UserError
+from speedbench.words import first_line
 
 
 class Record(NamedTuple):
@@ -47,7 +48,7 @@ def parquet_records(paths: Iterable[Path]) -> Iterator[Record]:
         # A damaged file fails as any of these, by where the damage is.
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(
-                f"{path} cannot be read as parquet ({_first_line(error)}): fetch or prepare the "
+                f"{path} cannot be read as parquet ({first_line(error)}): fetch or prepare the "
                 "file again; for JSON lines use --dataset jsonl"
             ) from None
         if not rows:
@@ -70,7 +71,7 @@ def jsonl_records(path: Path) -> Iterator[Record]:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number} is not JSON ({_first_line(error)}): expected one object "
+                f"{path}, line {number} is not JSON ({first_line(error)}): expected one object "
                 "per line, mend or remove the line"
             ) from None
         if not isinstance(values, dict):
@@ -101,7 +102,3 @@ def _text(path: Path) -> str:
 
 def _missing(path: Path) -> UserError:
     return UserError(f"{path} does not exist: give an existing file or folder as --dataset_path")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -32,7 +32,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SECRET = re.compile(r"(?<=://)[^/@]+@")
 
 _RUNNER = """\
-import runpy, sys
+import os, runpy, sys
 import datasets
 repository, revision = sys.argv[1:3]
 load = datasets.load_dataset
@@ -42,7 +42,15 @@ def load_at_revision(path, *args, **kwargs):
     return load(path, *args, **kwargs)
 datasets.load_dataset = load_at_revision
 sys.argv[:3] = ["prepare_data.py"]
-runpy.run_path("prepare_data.py", run_name="__main__")
+try:
+    runpy.run_path("prepare_data.py", run_name="__main__")
+except SystemExit as ended:
+    if ended.code not in (None, 0):
+        raise
+# Done, and every file closed. Libraries' threads now and then abort an interpreter that shuts down.
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
 """
 
 Detail = Callable[[str, float | None], None]
