@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from speedbench.cli import OK, _Parser
+from speedbench.cli_base import OK, Parser
 from speedbench.types import UserError
 
 if TYPE_CHECKING:  # imported where needed, so that --help answers at once
@@ -42,7 +42,7 @@ def _say(text: str) -> None:
     print(f"speedbench: {text}", file=sys.stderr, flush=True)
 
 
-def _add_common(parser: _Parser, what: str) -> None:
+def _add_common(parser: Parser, what: str) -> None:
     parser.add_argument(
         "--from",
         dest="source",
@@ -70,8 +70,8 @@ def _add_common(parser: _Parser, what: str) -> None:
 # ---------------------------------------------------------------- select
 
 
-def _select_parser(prog: str) -> _Parser:
-    parser = _Parser(
+def _select_parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog,
         allow_abbrev=False,
         description="Choose, per category, the rows that resemble one another least: random start, "
@@ -286,10 +286,10 @@ def _number(value: float | None) -> str:
 # ---------------------------------------------------------------- bucket
 
 
-def _bucket_parser(prog: str) -> _Parser:
+def _bucket_parser(prog: str) -> Parser:
     from speedbench.datasets.bucket import INTRO, K
 
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         allow_abbrev=False,
         description="Cut or pad rows so that every prompt has exactly one length in tokens. A text "
@@ -573,16 +573,16 @@ def _bucket_page(report: dict[str, Any], built: Sequence[Bucket]) -> str:
 def tokens_command(argv: list[str], prog: str) -> int:
     """`speedbench data tokens --out F.parquet` with the flags of a run: its prompts, encoded."""
     from speedbench import environment, session
-    from speedbench.cli import _configuration, _run_parser
+    from speedbench.cli_run import configuration, run_parser
     from speedbench.datasets import tokens
 
-    parser = _run_parser(prog)
+    parser = run_parser(prog)
     parser.add_argument("--out", metavar="F.parquet", type=Path, help="token file to write")
     given = vars(parser.parse(argv))
     out = given.pop("out", None)
     if out is None:
         raise UserError("--out is missing: name the token file to write")
-    config = _configuration({"engine": "NULL", **given}).config
+    config = configuration({"engine": "NULL", **given}).config
     if config.prompts is not None:
         raise UserError("--prompts is a token file already: leave it out")
     prepared = session.prepare(config)

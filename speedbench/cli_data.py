@@ -15,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedbench.cli import OK, USAGE, _Parser, _signals
+from speedbench.cli_base import OK, USAGE, Parser, signals_handled
 from speedbench.types import UserError
 
 if TYPE_CHECKING:  # imported where needed, so that --help answers at once
     from speedbench.datasets.overview import Overview
     from speedbench.datasets.prepare import Watcher
-    from speedbench.report.layout import Block
+    from speedbench.report.blocks import Block
 
 LOG_INTERVAL_S = 30.0
 N_SHOWN = 20
@@ -40,7 +40,7 @@ SUBCOMMANDS: Mapping[str, str] = {
 def prepare_command(argv: list[str], prog: str) -> int:
     from speedbench.config import SPEED_CONFIGS
 
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Fetch a benchmark, check every row, and put it in place with its identity.",
     )
@@ -92,7 +92,7 @@ def prepare_command(argv: list[str], prog: str) -> int:
         given.preparer_commit or preparer.COMMIT,
         given.sha256,
     )
-    with _signals(), _watching() as watcher:
+    with signals_handled(), _watching() as watcher:
 
         def accept(licences: Sequence[Mapping[str, str]], must: bool) -> None:
             _accept(licences, must, given.accept_license)
@@ -194,12 +194,12 @@ def _watching() -> Iterator[Watcher]:
 
 
 def data_command(argv: list[str], prog: str) -> int:
-    with _signals():
+    with signals_handled():
         return _subcommand(argv, prog) if argv and argv[0] in SUBCOMMANDS else _show(argv, prog)
 
 
 def _show(argv: list[str], prog: str) -> int:
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Show prepared data: identity, rows, requests, turns and token lengths.",
         epilog="`data select`, `data bucket` and `data tokens` build data: see their --help.",
@@ -319,7 +319,7 @@ def _plain(found: Overview) -> dict[str, Any]:
 def _blocks(
     found: Sequence[Overview], given: argparse.Namespace, limit: int | None
 ) -> Iterator[Block]:
-    from speedbench.report.layout import Facts, Heading, Paragraph
+    from speedbench.report.blocks import Facts, Heading, Paragraph
 
     for each in found:
         yield Heading(str(each.path))
@@ -360,7 +360,7 @@ def _facts(found: Overview) -> dict[str, str]:
 
 
 def _table(found: Overview, given: argparse.Namespace, limit: int | None) -> Block:
-    from speedbench.report.layout import Column, Table
+    from speedbench.report.blocks import Column, Table
 
     columns = ["category", "rows", "requests", "turns\nmedian", "turns\nmax"]
     if found.total.tokens is not None:
@@ -388,7 +388,7 @@ def _table(found: Overview, given: argparse.Namespace, limit: int | None) -> Blo
 
 
 def _over(found: Overview, limit: int) -> Iterator[Block]:
-    from speedbench.report.layout import Column, Paragraph, Table
+    from speedbench.report.blocks import Column, Paragraph, Table
 
     if not found.over:
         yield Paragraph(f"No row exceeds {limit} tokens.")

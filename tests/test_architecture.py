@@ -72,7 +72,8 @@ def imports(path: Path) -> set[str]:
 
 
 def is_within(name: str, package: str) -> bool:
-    return name == package or name.startswith(f"{package}.")
+    """Whether a module is of a package; speedbench.cli_report is of speedbench.cli."""
+    return name == package or name.startswith((f"{package}.", f"{package}_"))
 
 
 @pytest.mark.parametrize("module", sorted(ALLOWED))

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from speedbench.checks import Check
-from speedbench.report.layout import DISTRIBUTIONS, clean, title
+from speedbench.report.blocks import clean
+from speedbench.report.layout import DISTRIBUTIONS, title
 from speedbench.report.pair import PairSummary, significant
 from speedbench.report.summary import DEFINITIONS, Figure, Summary
 

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from speedbench.report import layout
-from speedbench.report.layout import (
+from speedbench.report.blocks import (
     Block,
     Column,
     Facts,

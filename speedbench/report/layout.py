@@ -2,85 +2,31 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal
 
 from speedbench import presets
 from speedbench.checks import Check
+from speedbench.report.blocks import (
+    Block,
+    Column,
+    Facts,
+    Heading,
+    Paragraph,
+    Table,
+    Verbatim,
+    clean,
+)
 from speedbench.report.pair import PairSummary, significant
 from speedbench.report.summary import DEFINITIONS, Figure, Summary
 from speedbench.store import n_replicas_of
 
-Style = Literal["plain", "error", "warning", "note"]
-
 NOT_A_MEASUREMENT = "SIMULATED: the engine made everything up; nothing here is a measurement."
 NO_VALUE = "n/a"
 NOT_SIGNIFICANT = "ns"
-
-
-@dataclass(frozen=True, slots=True)
-class Heading:
-    """The title of the report (level 1) or of a section (level 2)."""
-
-    text: str
-    level: Literal[1, 2] = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Paragraph:
-    text: str
-    style: Style = "plain"
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """A list of (label, text, style)."""
-
-    items: tuple[tuple[str, str, Style], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Verbatim:
-    """Lines as the published console prints them."""
-
-    lines: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A header (its line breaks are hints), and whether its cells are words, which may wrap."""
-
-    header: str
-    words: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of cells; the last row is a total if `total`; `notes` are footnotes."""
-
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-    total: bool = False
-
-
-Block = Heading | Paragraph | Facts | Verbatim | Table
-
-_ESCAPE_SEQUENCE = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])"
-)
-
-
-def clean(text: str) -> str:
-    """Text that no terminal takes for a command: one line, without control or format characters."""
-    text = re.sub(r"\s+", " ", _ESCAPE_SEQUENCE.sub("", text))
-    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs")).strip()
 
 
 # ---------------------------------------------------------------- reports

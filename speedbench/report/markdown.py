@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from speedbench.report import layout
-from speedbench.report.layout import Block, Facts, Heading, Paragraph, Table, Verbatim, clean
+from speedbench.report.blocks import Block, Facts, Heading, Paragraph, Table, Verbatim, clean
 from speedbench.report.pair import PairSummary
 from speedbench.report.summary import Summary
 

@@ -1,0 +1,116 @@
+"""What every command shares: exit codes, how flags are read, what a signal does."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from speedbench.types import UserError
+
+OK, FAILED, USAGE, INTERRUPTED, PREEMPTED, TERMINATED = 0, 1, 2, 130, 138, 143
+"""Exit codes: measured; the engine died or nothing could be measured; the user can mend it;
+Ctrl-C; SIGUSR1, by which a batch system tells that time is up; SIGTERM. After the last three what
+was measured is stored, and --resume goes on."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one sentence, and both --two_words and --two-words are understood."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see --help")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        return self.parse_args([underscored(word) for word in argv])
+
+
+def underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+class Signals:
+    """Ctrl-C, SIGTERM, SIGUSR1: the first ends a measurement in order, the next at once.
+
+    SIGUSR1 is a notice, which srun and mpirun may both pass on: it never ends anything at once
+    that is measuring.
+    """
+
+    def __init__(self, loud: bool = True) -> None:
+        self.received: int | None = None
+        self._loud = loud
+        self._held_back = False
+        self._graceful = False
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        again = self.received is not None
+        if again and number == signal.SIGUSR1:
+            return
+        self.received = number
+        name = signal.Signals(number).name
+        noted = number == signal.SIGUSR1 and self._held_back and not self._graceful
+        if noted:
+            return
+        if again or not self._graceful:
+            self._say(f"ended by {name}")
+            raise SystemExit(128 + number)  # not KeyboardInterrupt: vLLM swallows that one
+        self._say("stopping; once more ends it at once")
+
+    def _say(self, text: str) -> None:
+        if self._loud:
+            print(f"\nspeedbench: {text}", file=sys.stderr)
+
+    def why(self) -> str | None:
+        return (
+            None if self.received is None else f"{signal.Signals(self.received).name} was received"
+        )
+
+    @contextmanager
+    def graceful(self) -> Iterator[None]:
+        self._graceful = True
+        try:
+            yield
+        finally:
+            self._graceful = False
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """While an engine starts, and from then on: SIGUSR1 is only noted, and ends the measurement
+        in order. The processes that are started inherit that it is blocked, so that a notice to
+        every process of a job ends none of them."""
+        self._held_back = True
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
+@contextmanager
+def signals_handled(loud: bool = True) -> Iterator[Signals]:
+    """Handle them inside the block; an exit before or after measuring is clean."""
+    signals = Signals(loud)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.signal(n, signals.handle) for n in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    """'1,8,64' -> [1, 8, 64]."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{flag} is '{text}': expected whole numbers from 1, comma-separated")
+    return numbers
