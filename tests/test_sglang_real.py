@@ -297,7 +297,7 @@ def running(python: str, yaml: str, models: Path, run_dir: Path) -> Iterator[Any
             time.sleep(0.05)
         family = children_of(process.pid)
         yield process
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while left := [pid for pid in family if is_running(pid)]:
             assert time.monotonic() < deadline, f"still running: {left}"
             time.sleep(0.2)

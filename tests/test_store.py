@@ -476,7 +476,7 @@ def test_committed_conversations_reach_the_disk_without_being_asked(tmp_path: Pa
     directory = run_of_three_parts(tmp_path / "r")
     writer = store.Writer(directory, 1, interval_s=0.01)
     writer.commit(conversation("e", "cat", [1, 2]))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while "e" not in store.committed(directory) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "e" in store.committed(directory)
