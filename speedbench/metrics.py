@@ -74,6 +74,32 @@ def room_left(columns: Columns, draft_length: int) -> Ints:
     return drafted + 1 - columns.n_tokens
 
 
+def classified(
+    columns: Columns, draft_length: int, cut_short: Bools | None = None
+) -> tuple[Ints, Ints, Bools]:
+    """(S,) kind and length of every step, and whether it is right-censored at that length.
+
+    cut_short: (S,) steps of `drafts_cut_short`, right-censored at what they show.
+    """
+    kinds = step_kinds(columns, draft_length)
+    length, censored = step_lengths(columns, kinds, draft_length)
+    if cut_short is not None:
+        length = np.where(cut_short, columns.n_tokens, length)
+        censored = censored | cut_short
+    return kinds, length, censored
+
+
+def rejected(columns: Columns, kinds: Ints, length: Ints, censored: Bools, k: int) -> Bools:
+    """(S,) steps that ended because a draft token was rejected: it was the length-th one.
+
+    A step that accepted all it had drafted was not rejected; where the engine does not tell what
+    it drafted, K tokens are taken for drafted.
+    """
+    drafted = np.where(columns.drafted >= 0, columns.drafted, k)
+    checked = (kinds == VERIFY) | (kinds == DECODE)
+    return np.asarray(checked & ~censored & (length <= drafted), bool)
+
+
 def count_lengths(
     group: Ints, length: Ints, censored: Bools, n_groups: int, draft_length: int
 ) -> tuple[Ints, Ints]:
@@ -181,11 +207,7 @@ def acceptance(columns: Columns, draft_length: int, cut_short: Bools | None = No
 
     cut_short: (S,) steps of `drafts_cut_short`, right-censored at what they show.
     """
-    kinds = step_kinds(columns, draft_length)
-    length, censored = step_lengths(columns, kinds, draft_length)
-    if cut_short is not None:
-        length = np.where(cut_short, columns.n_tokens, length)
-        censored = censored | cut_short
+    kinds, length, censored = classified(columns, draft_length, cut_short)
     conversation = columns.conversation[columns.request]
     measured = ~columns.failed
     code = np.cumsum(measured) - 1  # conversation -> C'
@@ -339,7 +361,7 @@ def conversation_user_tps(columns: Columns) -> Floats:
     first, last = columns.first_and_last()
     conversation = columns.conversation[columns.request]
     later = columns.step > 0
-    tokens = np.bincount(conversation[later], columns.n_tokens[later], n)
+    tokens = np.bincount(conversation[later], columns.n_tokens[later], n).astype(float)
     decode_ns = np.bincount(conversation[first], columns.time_ns[last] - columns.time_ns[first], n)
     tokens[columns.failed] = np.nan
     return _ratio(tokens, decode_ns / 1e9)

@@ -16,6 +16,12 @@ from speedbench.types import UserError
 NOT_IDENTITY = frozenset({"save_dir", "show_progress", "max_duration", "shard"})
 """Configuration fields in which repeats of one arm may differ."""
 
+OF_DRAFTING = ("draft_length", "draft_sample_method", "block_size")
+"""Configuration fields that mean nothing where nothing is drafted."""
+
+OF_THE_MOMENT = ("kv_cache_memory_bytes",)
+"""Engine settings that follow from what memory was free."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -76,11 +82,13 @@ def _started(manifest: Mapping[str, Any]) -> str:
 
 
 def grouped(runs: Iterable[Run]) -> tuple[Arm, ...]:
-    """Runs alike become one arm."""
+    """Runs alike become one arm, its repeats in the order they began."""
     by_identity: dict[str, list[Run]] = {}
     for run in runs:
         by_identity.setdefault(identity(run.manifest), []).append(run)
-    groups = list(by_identity.values())
+    groups = [
+        sorted(group, key=lambda run: _started(run.manifest)) for group in by_identity.values()
+    ]
     labels = _labels([group[0].manifest for group in groups])
     return tuple(Arm(label, tuple(group)) for label, group in zip(labels, groups, strict=True))
 
@@ -88,10 +96,13 @@ def grouped(runs: Iterable[Run]) -> tuple[Arm, ...]:
 def identity(manifest: Mapping[str, Any]) -> str:
     """What two runs must have in common to be repeats: configuration, inputs, engine, machine."""
     config = {k: v for k, v in manifest["config"].items() if k not in NOT_IDENTITY}
-    machine = manifest["environment"]
+    if config.get("speculative_algorithm") == "NONE":
+        config = {k: v for k, v in config.items() if k not in OF_DRAFTING}
+    engine, machine = manifest["engine"], manifest["environment"]
+    settings = {k: v for k, v in engine.get("settings", {}).items() if k not in OF_THE_MOMENT}
     found = {
         "config": config,
-        "engine": manifest["engine"],
+        "engine": {**engine, "settings": settings},
         "fingerprint": manifest["prompts"].get("fingerprint"),
         "dataset": manifest["dataset"].get("sha256"),
         "n_replicas": store.n_replicas_of(manifest),

@@ -1,0 +1,108 @@
+"""Arms: which stored runs are repeats of one another, in which order, and what they are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speedbench.report.arms import grouped, load_arms
+from speedbench.store import Run
+from speedbench.types import UserError
+from tests.builders import conversation, session, stored
+
+
+def run(directory: Path, k: int = 3, *, at: str = "", **about: Any) -> Run:
+    if at:
+        about["sessions"] = [session(started_at=f"2026-01-02T{at}:00+00:00")]
+    return stored(directory, [conversation("a0", "a", [1, 1])], draft_length=k, **about)
+
+
+def test_repeats_are_in_the_order_they_began_whatever_order_they_are_named_in(
+    tmp_path: Path,
+) -> None:
+    """ABBA: each arm has a first and a second run; the arm named first comes first."""
+    made = {
+        name: run(tmp_path / name, k, at=at, config={"save_dir": name})
+        for name, k, at in (
+            ("A1", 0, "03:00"),
+            ("B1", 3, "04:00"),
+            ("B2", 3, "05:00"),
+            ("A2", 0, "06:00"),
+        )
+    }
+    arms = grouped([made[name] for name in ("B2", "A2", "B1", "A1")])
+    assert [[found.directory.name for found in arm.runs] for arm in arms] == [
+        ["B1", "B2"],
+        ["A1", "A2"],
+    ]
+    assert [arm.label for arm in arms] == ["EAGLE3 K=3", "baseline"]
+    assert [arm.is_baseline for arm in arms] == [False, True]
+    assert [arm.draft_length for arm in arms] == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "n_arms"),
+    [
+        ({"config": {"save_dir": "x", "max_duration": 60.0}}, 1),
+        ({"engine": {"settings": {"dtype": "bfloat16", "kv_cache_memory_bytes": 1}}}, 1),
+        ({"config": {"concurrency": 9}}, 2),
+        ({"config": {"draft_length": 5}}, 2),
+        ({"engine": {"version": "0.33.0"}}, 2),
+        ({"engine": {"settings": {"dtype": "float16"}}}, 2),
+        ({"engine": {"draft_length": 2}}, 2),
+    ],
+)
+def test_what_makes_another_arm(tmp_path: Path, change: dict[str, Any], n_arms: int) -> None:
+    first = run(
+        tmp_path / "1", engine={"settings": {"dtype": "bfloat16", "kv_cache_memory_bytes": 2}}
+    )
+    change.setdefault("engine", {"settings": {"dtype": "bfloat16"}})
+    change["engine"].setdefault("settings", {"dtype": "bfloat16"})
+    assert len(grouped([first, run(tmp_path / "2", **change)])) == n_arms
+
+
+def test_a_draft_length_that_nobody_used_makes_no_other_baseline(tmp_path: Path) -> None:
+    """What --draft_length was asked for says nothing where nothing is drafted."""
+    runs = [run(tmp_path / str(k), 0, config={"draft_length": k}) for k in (3, 5)]
+    assert [len(arm.runs) for arm in grouped(runs)] == [2]
+
+
+def test_labels_say_what_differs_and_nothing_else(tmp_path: Path) -> None:
+    runs = [
+        run(tmp_path / "1", 0, config={"concurrency": 2}),
+        run(tmp_path / "2", 3, config={"concurrency": 2}),
+        run(tmp_path / "3", 3, config={"concurrency": 8}),
+        run(tmp_path / "4", 3, config={"concurrency": 8, "draft_model_dir": "/other/head"}),
+        run(
+            tmp_path / "5",
+            3,
+            config={"concurrency": 8, "draft_model_dir": "/other/head", "top_p": 0.5},
+        ),
+    ]
+    assert [arm.label for arm in grouped(runs)] == [
+        "baseline, concurrency 2",
+        "EAGLE3 K=3, drafter drafter, concurrency 2",
+        "EAGLE3 K=3, drafter drafter, concurrency 8",
+        "EAGLE3 K=3, drafter head, concurrency 8 (1)",
+        "EAGLE3 K=3, drafter head, concurrency 8 (2)",
+    ]
+
+
+def test_a_folder_of_runs_stands_for_all_in_it(tmp_path: Path) -> None:
+    run(tmp_path / "runs" / "second", 3, at="04:00")
+    run(tmp_path / "runs" / "first", 0, at="03:00")
+    run(tmp_path / "alone", 3, at="02:00")
+    base, arm = load_arms([tmp_path / "runs", tmp_path / "alone"])
+    assert [found.directory.name for found in base.runs] == ["first"]
+    assert [found.directory.name for found in arm.runs] == ["alone", "second"]
+
+
+def test_what_holds_no_run_is_refused_and_so_is_a_run_named_twice(tmp_path: Path) -> None:
+    run(tmp_path / "runs" / "one")
+    with pytest.raises(UserError, match=r"runs/one was named twice: name each run once"):
+        load_arms([tmp_path / "runs", tmp_path / "runs" / "one"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty is no run directory .* and holds none"):
+        load_arms([tmp_path / "empty"])
