@@ -4,6 +4,8 @@ Format history
   1  manifest.json, turns/NNNNN.parquet, steps/NNNNN.parquet
   2  a `replica` in turns, steps and sessions (0 in format 1); replica R > 0 writes
      NNNNN-rR.parquet; experts/ beside steps/, only where routed experts were asked for
+  3  two optional things: draft_vocabulary.parquet (what a pruned drafter can draft) and energy/
+     (what each GPU drew, sampled while the session went on)
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import pyarrow.parquet as pq
 from speedbench.columns import Columns, Ints
 from speedbench.types import UNKNOWN, ConversationRecord, RoutedExperts, TurnRecord, UserError
 
-FORMAT = 2
+FORMAT = 3
 FAILED = ("error", "refused")
 
 TURNS = pa.schema(
@@ -72,7 +74,28 @@ EXPERTS = pa.schema(
         ("expert_ids", pa.binary()),  # int16, little-endian: (n_tokens, n_layers, top_k)
     ]
 )
-FOLDERS = ("turns", "steps", "experts")
+ENERGY = pa.schema(
+    [
+        ("time_ns", pa.int64()),  # monotonic: the clock of the steps
+        ("session", pa.int32()),
+        ("replica", pa.int32()),
+        ("gpu", pa.int32()),  # NVML's index
+        ("uuid", pa.string()),
+        ("whole_gpu", pa.bool_()),  # False: the run has a MIG slice of what is counted here
+        ("energy_mj", pa.int64()),  # since the driver was loaded
+        ("power_mw", pa.int64()),
+        ("utilization_percent", pa.int32()),
+        ("sm_clock_mhz", pa.int32()),
+        ("temperature_c", pa.int32()),
+        ("throttle_reasons", pa.int64()),  # NVML's bits
+        ("n_processes", pa.int32()),
+        ("n_others", pa.int32()),  # processes that are not the run's; null: cannot be told
+    ]
+)
+"""One row per sample and GPU; null where NVML does not tell."""
+DRAFT_VOCABULARY = pa.schema([("token_id", pa.int32())])
+DRAFT_VOCABULARY_FILE = "draft_vocabulary.parquet"
+FOLDERS = ("turns", "steps", "experts", "energy")
 
 
 # ---------------------------------------------------------------- writing
@@ -371,9 +394,9 @@ def _acceptance(turn: TurnRecord) -> Sequence[tuple[int, int]]:
     ]
 
 
-def _last_part(directory: Path, replica: int) -> int:
+def _last_part(directory: Path, replica: int, folder: str = "turns") -> int:
     """Number of a replica's last complete part; one without its turns does not count."""
-    numbers = (path.stem.partition("-") for path in (directory / "turns").glob("[0-9]*.parquet"))
+    numbers = (path.stem.partition("-") for path in (directory / folder).glob("[0-9]*.parquet"))
     mine = _suffix(replica).lstrip("-")
     return max((int(number) for number, _, owner in numbers if owner == mine), default=-1)
 
@@ -518,18 +541,94 @@ def load_experts(directory: Path | str) -> dict[str, RoutedExperts]:
     turns, _, _ = _read_tables(directory)
     used, _ = _latest_attempts(turns)
     wanted = set(turns.take(pa.array(used))["request_id"].to_pylist())
-    found: dict[str, RoutedExperts] = {}
+    return {name: found for name, found in _experts_in(directory) if name in wanted}
+
+
+def experts_of(run: Run) -> Iterator[tuple[str, RoutedExperts]]:
+    """(request id, routed experts) of every request of the run that has any, part by part: of a
+    long run they are gigabytes. Raises UserError if a part cannot be read."""
+    wanted = set(run.turns.take(pa.array(run.used))["request_id"].to_pylist())
+    for prefix, directory in sources(run):
+        for name, found in _experts_in(directory):
+            if prefix + name in wanted:
+                yield prefix + name, found
+
+
+def _experts_in(directory: Path) -> Iterator[tuple[str, RoutedExperts]]:
     for path in _parts_of(directory, "experts"):
-        try:
-            rows = pq.read_table(path, schema=EXPERTS).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{_unreadable(str(path), error)}: restore it from a copy") from None
-        for row in rows:
-            if row["request_id"] in wanted:
-                found[row["request_id"]] = RoutedExperts(
-                    row["n_tokens"], row["n_layers"], row["top_k"], row["expert_ids"]
-                )
-    return found
+        for row in _read_whole(path, EXPERTS).to_pylist():
+            yield (
+                row["request_id"],
+                RoutedExperts(row["n_tokens"], row["n_layers"], row["top_k"], row["expert_ids"]),
+            )
+
+
+def sources(run: Run) -> list[tuple[str, Path]]:
+    """The directories a run was read from, with what its request ids begin with (see `union`)."""
+    merged = run.manifest.get("merged")
+    if not merged:
+        return [("", run.directory)]
+    return [(f"{number}:", Path(directory)) for number, directory in enumerate(merged)]
+
+
+def load_energy(run: Run) -> pa.Table:
+    """What the run's GPUs drew: rows of ENERGY by time, replicas numbered as in the run. Raises
+    UserError if a part cannot be read."""
+    tables, n_replicas = [ENERGY.empty_table()], 0
+    for _, directory in sources(run):
+        for path in _parts_of(directory, "energy"):
+            table = _read_whole(path, ENERGY)
+            place = ENERGY.get_field_index("replica")
+            replicas = pa.array(table["replica"].to_numpy() + n_replicas, pa.int32())
+            tables.append(table.set_column(place, ENERGY.field(place), replicas))
+        if run.manifest.get("merged"):
+            n_replicas += n_replicas_of(read_manifest(directory))
+    return pa.concat_tables(tables).sort_by("time_ns")
+
+
+def next_energy_part(directory: Path, replica: int) -> int:
+    """The number that a new sampler's first part gets: earlier sessions' parts are kept."""
+    return 1 + _last_part(directory, replica, "energy")
+
+
+def write_energy_part(directory: Path, number: int, replica: int, table: pa.Table) -> None:
+    """Write, or write again, one part of energy/. Not flushed to the disk: the sampler must not
+    make the run wait for it."""
+    folder = directory / "energy"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{number:05d}{_suffix(replica)}.parquet"
+    temporary = target.with_name(f".{target.name}.tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(target)
+
+
+def write_draft_vocabulary(directory: Path, token_ids: Ints, about: Mapping[str, Any]) -> None:
+    """Store which target tokens the run's drafter can draft, and where that was read."""
+    metadata = {"draft_vocabulary": json.dumps(about, sort_keys=True)}
+    table = pa.table({"token_id": pa.array(token_ids, pa.int32())}, schema=DRAFT_VOCABULARY)
+    with _replacing(directory / DRAFT_VOCABULARY_FILE) as path:
+        pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
+
+
+def load_draft_vocabulary(directory: Path) -> tuple[Ints, dict[str, Any]] | None:
+    """What `write_draft_vocabulary` stored; None if nothing was. Raises UserError if it cannot be
+    read."""
+    path = directory / DRAFT_VOCABULARY_FILE
+    if not path.exists():
+        return None
+    try:
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[b"draft_vocabulary"])
+        return table["token_id"].to_numpy().astype(np.int64), about
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{_unreadable(str(path), error)}: restore it from a copy") from None
+
+
+def _read_whole(path: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=schema)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{_unreadable(str(path), error)}: restore it from a copy") from None
 
 
 def _parts_of(directory: Path, folder: str) -> list[Path]:

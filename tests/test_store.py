@@ -235,9 +235,9 @@ def edited(directory: Path, **changes: object) -> None:
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     directory = run_of_three_parts(tmp_path / "r")
-    edited(directory, format=3)
+    edited(directory, format=store.FORMAT + 1)
     for read in (store.load, store.read_manifest):
-        with pytest.raises(UserError, match=r"format 3.*install a newer one"):
+        with pytest.raises(UserError, match=rf"format {store.FORMAT + 1}.*install a newer one"):
             read(directory)
 
 

@@ -1,0 +1,1 @@
+"""What the benchmark was made to find out: analyses of stored runs, each with its assumption."""
