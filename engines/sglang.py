@@ -63,7 +63,7 @@ OURS = {
     "incremental_streaming_output": "every step is recorded",
     "tokenizer_worker_num": "steps are recorded in one process",
     "custom_sigquit_handler": "a failing engine must not take the records along",
-    "max_running_requests": "it is --concurrency, in both arms",
+    "max_running_requests": "use --max_num_seqs, or --concurrency, in both arms",
     "disable_radix_cache": "use --prefix_cache",
     "enable_return_routed_experts": "use --capture_experts",
     "speculative_algorithm": "use --speculative_algorithm",

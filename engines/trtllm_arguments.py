@@ -33,7 +33,7 @@ NEEDS_DRAFT_MODEL = ("EAGLE3", "DRAFT_TARGET", "PARD", "DFLASH")
 OURS = {
     "stream_interval": "every step is recorded",
     "num_postprocess_workers": "with workers, responses no longer say how many steps they hold",
-    "max_batch_size": "it is --concurrency, in both arms",
+    "max_batch_size": "use --max_num_seqs, or --concurrency, in both arms",
     "skip_tokenizer_init": "prompts are token IDs and no text is needed",
     "tokenizer": "prompts are token IDs and no text is needed",
     "speculative_model": "it is --draft_model_dir",

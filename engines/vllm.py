@@ -62,7 +62,7 @@ OURS = {
     "skip_tokenizer_init": "prompts are token IDs and no text is needed",
     "disable_log_stats": "the engine's counters are needed",
     "stream_interval": "every step is recorded",
-    "max_num_seqs": "it is --concurrency, in both arms",
+    "max_num_seqs": "use --max_num_seqs, or --concurrency, in both arms",
     "per_request_spec_decode_metrics": "per-step acceptance is needed",
 }
 """Engine arguments that the measurement itself sets, and why."""

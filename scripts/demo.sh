@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The main job, whole, on a CPU: both arms (NONE and DRAFT_TARGET) of a pair of checkpoints whose
-# acceptance is known in closed form, on real vLLM; then the same on natural multi-turn prompts.
+# The main job, whole, on a CPU: both arms (without speculation, and DRAFT_TARGET) of a pair of
+# checkpoints whose acceptance is known in closed form, on real vLLM; then the same on natural
+# multi-turn prompts.
 #
 #   scripts/demo.sh [DIR]     DIR: where the runs go (default: runs/demo-<time>)
 set -euo pipefail
@@ -25,29 +26,26 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
 # Threads pinned to cores that others use, too, make a 10 ms step last 100 ms.
 export VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
-arm() { # arm PAIR DATASET ALGORITHM NAME
-    local draft=()
-    [ "$3" = NONE ] || draft=(--draft_model_dir "$models/$1/draft")
-    echo "measuring $4: $3 on the $2 prompts, real vLLM on the CPU"
-    .venv/bin/python run.py --engine VLLM --model_dir "$models/$1/target" "${draft[@]}" \
-        --speculative_algorithm "$3" --draft_length 3 --dataset "$2" --concurrency 16 \
-        --output_length 64 --runtime_params "$out/engine.yaml" --save_dir "$out/$4" \
-        >"$out/$4.txt" 2>>"$log" || {
+measure() { # measure PAIR DATASET
+    echo "measuring both arms on the $2 prompts, real vLLM on the CPU"
+    .venv/bin/python run.py --engine VLLM --model_dir "$models/$1/target" \
+        --draft_model_dir "$models/$1/draft" --speculative_algorithm DRAFT_TARGET --draft_length 3 \
+        --baseline --dataset "$2" --concurrency 16 --output_length 64 \
+        --runtime_params "$out/engine.yaml" --save_dir "$out/$2" >"$out/$2.txt" 2>>"$log" || {
         tail -n 30 "$log" >&2
-        echo "the run $4 failed: its log is $log" >&2
+        echo "measuring failed: its log is $log" >&2
         return 1
     }
 }
 
-arm word calibration NONE calibration-baseline
-arm word calibration DRAFT_TARGET calibration-draft
-arm bpe mini NONE mini-baseline
-arm bpe mini DRAFT_TARGET mini-draft
+measure word calibration
+measure bpe mini
 
 for data in mini calibration; do
     echo
-    .venv/bin/speedbench report "$out/$data-baseline" "$out/$data-draft" | tee "$out/$data.txt"
+    cat "$out/$data.txt"
+    .venv/bin/speedbench report "$out/$data" --format html
 done
 echo
-echo "reports: $out/calibration.txt $out/mini.txt"
-echo "records: $out/{calibration,mini}-{baseline,draft}"
+echo "reports: $out/{calibration,mini}/report.html $out/{calibration,mini}.txt"
+echo "records: $out/{calibration,mini}/{baseline,speculative}-1"

@@ -11,7 +11,10 @@ from speedbench.types import UserError
 
 COMMANDS: Mapping[str, str] = {
     "run": "speedbench.cli_run:run_command",
+    "sweep": "speedbench.cli_sweep:sweep_command",
     "report": "speedbench.cli_report:report_command",
+    "compare": "speedbench.cli_compare:compare_command",
+    "upload": "speedbench.cli_upload:upload_command",
     "calibrate": "speedbench.cli_calibrate:calibrate_command",
     "engines": "speedbench.cli_calibrate:engines_command",
     "prepare": "speedbench.cli_data:prepare_command",
@@ -22,7 +25,7 @@ COMMANDS: Mapping[str, str] = {
 
 def main(argv: Sequence[str] | None = None, prog: str = "speedbench") -> int:
     """Run one command. Returns the exit code."""
-    from speedbench.cli_run import is_silent_replica
+    from speedbench.cli_measure import is_silent_replica
 
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -573,7 +573,8 @@ def _bucket_page(report: dict[str, Any], built: Sequence[Bucket]) -> str:
 def tokens_command(argv: list[str], prog: str) -> int:
     """`speedbench data tokens --out F.parquet` with the flags of a run: its prompts, encoded."""
     from speedbench import environment, session
-    from speedbench.cli_run import configuration, run_parser
+    from speedbench.cli_run import run_parser
+    from speedbench.configure import configuration
     from speedbench.datasets import tokens
 
     parser = run_parser(prog)

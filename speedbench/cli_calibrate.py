@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from speedbench.cli_base import FAILED, OK, Parser, numbers, signals_handled
-from speedbench.cli_run import known_engine, launch_of_process, merged_with_file, settle
+from speedbench.cli_measure import launch_of_process, settle
+from speedbench.configure import known_engine, merged_with_file
 from speedbench.types import UserError
 
 if TYPE_CHECKING:

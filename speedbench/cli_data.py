@@ -268,9 +268,9 @@ def _write(found: Sequence[Overview], given: argparse.Namespace, limit: int | No
     if given.format == "console" and given.out is None:
         from rich.console import Console
 
-        from speedbench.report.console import _draw
+        from speedbench.report.console import draw
 
-        _draw(_blocks(found, given, limit), Console())
+        draw(_blocks(found, given, limit), Console())
         return
     text = _rendered(found, given, limit)
     if given.out is None:
@@ -289,17 +289,17 @@ def _rendered(found: Sequence[Overview], given: argparse.Namespace, limit: int |
     if given.format == "html":
         return _html(found, given, limit)
     if given.format == "markdown":
-        from speedbench.report.markdown import _join
+        from speedbench.report.markdown import write
 
-        return _join(_blocks(found, given, limit))
+        return write(_blocks(found, given, limit))
     import io
 
     from rich.console import Console
 
-    from speedbench.report.console import _draw
+    from speedbench.report.console import draw
 
     buffer = io.StringIO()
-    _draw(_blocks(found, given, limit), Console(file=buffer, width=120))
+    draw(_blocks(found, given, limit), Console(file=buffer, width=120))
     return buffer.getvalue()
 
 

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from speedbench.cli_base import FAILED, OK, USAGE, Parser, Signals, signals_handled
+from speedbench.cli_measure import (
+    Destination,
+    Start,
+    has_failed,
+    is_silent_replica,
+    launch_of_process,
+    measure,
+    mirrored,
+    not_repeatable,
+    refuse_other_prompts,
+    refuse_replicas,
+    say,
+    settle,
+    start_engine,
+    start_engines,
+    try_known_answer,
+    with_own_devices,
+)
 from speedbench.cli_report import print_report
 from speedbench.types import UserError
 
 if TYPE_CHECKING:  # imported where needed, so that --help answers at once
     from speedbench.config import RunConfig
+    from speedbench.configure import Asked
     from speedbench.launch import Launch
     from speedbench.replicas import Replicas
-    from speedbench.session import Outcome, Place, Prepared, Progress, Target
-    from speedbench.types import Engine
+    from speedbench.session import Outcome
 
-OUTSIDE_CONFIG = ("runtime_params", "config", "resume", "mtbench", "specbench")
+Asking = TypeVar("Asking")
 
 ABOUT = """\
 speedbench measures speculative decoding inside the engine: every step of every request is
@@ -33,45 +47,20 @@ recorded, and acceptance, step time, throughput and speedup are computed from th
   {prog} --engine VLLM --model_dir TARGET                                the baseline
   {prog} --engine VLLM --model_dir TARGET --draft_model_dir DRAFT \\
       --speculative_algorithm DRAFT_TARGET --draft_length 3              with a drafter
+  {prog} ... --speculative_algorithm EAGLE3 --baseline --repeat 2        both arms, twice, compared
   mpirun -n 4 python run.py --engine VLLM ...                            four replicas, one run
-  speedbench report runs/BASELINE runs/WITH_DRAFTER                      both, side by side
+  speedbench sweep --grid draft_length=1,3,5 --grid concurrency=1,8,32 ...   which K, at which load
+  speedbench compare runs/BASELINE runs/WITH_DRAFTER         how much faster, how sure
+  speedbench report runs/DIR ...                             everything that was recorded
   speedbench calibrate --engine VLLM                         is it measured right?
 
 `{prog} --help` lists every flag.
 """
 
 
-def launch_of_process() -> Launch:
-    from speedbench import launch
-
-    return launch.of_environment(os.environ)
-
-
-def is_silent_replica() -> bool:
-    """Whether replica 0 says what this process would say, too."""
-    launched = launch_of_process()
-    return launched.n_replicas > 1 and launched.rank > 0
-
-
-def settle(launched: Launch) -> Place:
-    """Take the CPUs that this process may use, and say so if the launcher had bound it to fewer."""
-    from speedbench import launch
-    from speedbench.session import Place
-
-    launch.prepare_environment(launched, os.environ)
-    cpus = launch.unbind(launched)
-    if cpus.n != cpus.n_given and launched.rank == 0:
-        share = f", its share among {launched.local_size} ranks" if launched.local_size > 1 else ""
-        print(
-            f"speedbench: {launched.launcher} bound this process to {cpus.n_given} CPU(s); it and "
-            f"its engine use {cpus.n} now{share}",
-            file=sys.stderr,
-        )
-    return Place(launched.launcher, cpus.n_given, cpus.n)
-
-
-def run_parser(prog: str) -> Parser:
-    """One flag per RunConfig field, in the field's group."""
+def run_parser(prog: str, *, for_sweep: bool = False) -> Parser:
+    """One flag per RunConfig field, in the field's group. A sweep adds --config and --resume of its
+    own."""
     from speedbench.config import RunConfig
 
     parser = Parser(
@@ -92,6 +81,7 @@ def run_parser(prog: str) -> Parser:
     groups["data"].add_argument(
         "--specbench", metavar="FILE", help="same as --dataset specbench ..."
     )
+    _add_arms(groups["measurement"])
     other = parser.add_argument_group("configuration")
     other.add_argument(
         "--runtime_params",
@@ -99,14 +89,32 @@ def run_parser(prog: str) -> Parser:
         help="YAML with engine_args, sampling_kwargs, chat_template_args, dataset_kwargs; a flag "
         "given here wins over the file",
     )
-    other.add_argument(
-        "--config", metavar="MANIFEST", help="repeat a stored run: its manifest.json or directory"
-    )
-    other.add_argument(
-        "--resume", action="store_true", help="continue the run in --save_dir where it stopped"
-    )
+    if not for_sweep:
+        other.add_argument(
+            "--config",
+            metavar="MANIFEST",
+            help="repeat a stored run: its manifest.json or directory",
+        )
+        other.add_argument(
+            "--resume", action="store_true", help="continue the run in --save_dir where it stopped"
+        )
     other.add_argument("-h", "--help", action="help", help="show this and exit")
     return parser
+
+
+def _add_arms(group: Any) -> None:
+    group.add_argument(
+        "--baseline",
+        action="store_true",
+        help="measure the same without speculation, too, and compare; --save_dir is then a folder "
+        "of runs",
+    )
+    group.add_argument(
+        "--repeat",
+        metavar="R",
+        help="measure so often, each time on a newly started engine; with --baseline in the order "
+        "ABBA (default: 1)",
+    )
 
 
 def _add_flag(group: Any, name: str, annotation: Any, text: str, default: Any) -> None:
@@ -142,6 +150,21 @@ def run_command(argv: list[str], prog: str) -> int:
         print(ABOUT.format(prog=prog))
         return OK
     given = vars(run_parser(prog).parse(argv))
+    from speedbench.configure import configuration
+
+    destination = Destination(given.get("save_dir"), "resume" in given)
+    if destination.save_dir is not None:
+        given["save_dir"] = destination.local()
+    return measuring(destination, lambda: configuration(given), _run_asked, prog)
+
+
+def measuring(
+    destination: Destination,
+    ask: Callable[[], Asking],
+    run: Callable[[Asking, Signals, Start], int],
+    prog: str,
+) -> int:
+    """Find this process's place among others, ask what is to be measured, and measure that."""
     from speedbench.replicas import join
 
     launched = launch_of_process()
@@ -151,30 +174,23 @@ def run_command(argv: list[str], prog: str) -> int:
             # A notice to all of a job's processes is the first node's to answer: this one must
             # serve until that has stored what it measured.
             with signals.held_back(), signals.graceful():
-                return _serve(configuration(given).config, launched)
-        replicas = join(launched)
-        start = _Start(launched, replicas, place)
-        if replicas.size == 1:
-            return _run_configured(configuration(given), signals, start)
-        return _run_together(given, signals, start, prog)
+                return _serve(ask(), launched)
+        start = Start(launched, join(launched), place)
+
+        def work() -> int:
+            with mirrored(destination, start.replicas) as is_whole:
+                code = run(start.replicas.agree(ask), signals, start)
+            return FAILED if code == OK and not is_whole() else code
+
+        return work() if start.replicas.size == 1 else _together(work, start.replicas, prog)
 
 
-class _Start(NamedTuple):
-    """How this process was started, and beside which others."""
-
-    launch: Launch
-    replicas: Replicas
-    place: Place
-
-
-def _run_together(given: dict[str, Any], signals: Signals, start: _Start, prog: str) -> int:
+def _together(work: Callable[[], int], replicas: Replicas, prog: str) -> int:
     """Replicas end together: one that went before would make the launcher end the others."""
     from speedbench.replicas import AgreedError
 
-    replicas = start.replicas
     try:
-        asked = replicas.agree(lambda: configuration(given))
-        code = _run_configured(asked, signals, start)
+        code = work()
     except AgreedError as error:
         if replicas.is_first:
             print(f"{prog}: {error}", file=sys.stderr)
@@ -189,18 +205,43 @@ def _run_together(given: dict[str, Any], signals: Signals, start: _Start, prog: 
     return code
 
 
-def _serve(config: RunConfig, launched: Launch) -> int:
+def _serve(asked: object, launched: Launch) -> int:
     """A further node of one engine: its adapter serves, and ends with the first node."""
     import engines
     from speedbench import launch
+    from speedbench.configure import Asked
 
+    if not isinstance(asked, Asked) or asked.is_series:
+        raise UserError(ONE_NODE)
+    config = asked.config
     launch.node_arguments(launched, engines.adapter(config.engine).node_args)
     launch.follow_head(launched)
     start_engine(config, launched).close()
     return OK
 
 
-def _run_configured(asked: _Asked, signals: Signals, start: _Start) -> int:
+ONE_NODE = (
+    "several runs start several engines, and the further nodes of one follow it to its end only: "
+    "measure each run by itself, without --baseline, --repeat or a sweep"
+)
+
+
+def refuse_nodes(launched: Launch) -> None:
+    """Raise UserError where further nodes would have to follow one engine after the other."""
+    if launched.head and launched.size > 1:
+        raise UserError(ONE_NODE)
+
+
+def _run_asked(asked: Asked, signals: Signals, start: Start) -> int:
+    return (
+        _run_series(asked, signals, start) if asked.is_series else _run_one(asked, signals, start)
+    )
+
+
+# ---------------------------------------------------------------- one run
+
+
+def _run_one(asked: Asked, signals: Signals, start: Start) -> int:
     from speedbench import session, store
     from speedbench.replicas import AgreedError
 
@@ -208,19 +249,15 @@ def _run_configured(asked: _Asked, signals: Signals, start: _Start) -> int:
     config, resume_dir = asked.config, asked.resume_dir
     if not replicas.is_first:
         config = config.model_copy(update={"show_progress": False})
-    replicas.agree(lambda: _refuse_replicas(config, replicas))
+    replicas.agree(lambda: refuse_replicas(config, replicas))
     directory = replicas.from_first(lambda: resume_dir or _directory(config))
     if resume_dir is None:
         replicas.from_first(lambda: store.refuse_existing(directory))
-    _say(f"reading and encoding the prompts of --dataset {config.dataset}", config)
+    say(f"reading and encoding the prompts of --dataset {config.dataset}", config)
     prepared = replicas.agree(lambda: session.prepare(config))
-    _refuse_other_prompts(replicas.exchange(prepared.fingerprint))
+    refuse_other_prompts(replicas.exchange(prepared.fingerprint))
     if asked.fingerprint not in (None, prepared.fingerprint):
-        raise AgreedError(
-            "--config cannot be repeated: its prompts had the fingerprint "
-            f"{str(asked.fingerprint)[:12]}, they have {prepared.fingerprint[:12]} now; restore "
-            "the dataset and the tokenizer, or type the flags out to measure something new"
-        )
+        raise AgreedError(not_repeatable(asked.fingerprint, prepared.fingerprint))
     target = replicas.from_first(
         lambda: (
             session.resumed_target(directory, config, prepared)
@@ -236,134 +273,47 @@ def _run_configured(asked: _Asked, signals: Signals, start: _Start) -> int:
         return OK
     if config.trust_remote_code and replicas.is_first:
         print("note: --trust_remote_code runs code that ships with the checkpoint", file=sys.stderr)
-    start = _with_own_devices(config, start)
-    _say(f"starting {config.engine}", config)
+    start = with_own_devices([config], start)
+    say(f"starting {config.engine}", config)
     with signals.held_back():
-        engine, fault = _start_engines(config, start)
+        engine, fault = start_engines(config, start)
     try:
-        outcome = _measure(config, prepared, engine, target, signals, start, fault)
+        outcome = measure(config, prepared, engine, target, signals, start, fault)
     finally:
         if engine is not None:
             engine.close()
     if replicas.is_first:
-        try:
-            _add_known_answer(config, prepared, directory)
-        except UserError as error:
-            print(f"speedbench: no comparison with the closed form: {error}", file=sys.stderr)
+        try_known_answer(config, prepared, directory)
         print_report([directory], "console")
         _say_end(outcome, directory)
     return _exit_code(outcome, signals)
 
 
-def _refuse_replicas(config: RunConfig, replicas: Replicas) -> None:
-    import engines
-
-    if replicas.size > 1 and engines.adapter(config.engine).owns_ranks:
-        raise UserError(
-            f"{config.engine} starts MPI ranks of its own and cannot be one of {replicas.size} "
-            "replicas: start jobs of one process each (mpirun -n 1) with --shard r/R and a "
-            "--save_dir of its own, then `speedbench report --merge DIR DIR ...`"
-        )
+# ---------------------------------------------------------------- two arms
 
 
-def _refuse_other_prompts(fingerprints: Sequence[str]) -> None:
-    from speedbench.replicas import AgreedError
+def _run_series(asked: Asked, signals: Signals, start: Start) -> int:
+    """Two arms, or repeats of one, in a folder of runs."""
+    from speedbench import series, store
+    from speedbench.cli_series import measure_all
+    from speedbench.sweep import Spec
 
-    for rank, fingerprint in enumerate(fingerprints):
-        if fingerprint != fingerprints[0]:
-            raise AgreedError(
-                f"the prompts differ: their fingerprint is {fingerprints[0][:12]} in replica 0 and "
-                f"{fingerprint[:12]} in replica {rank}; give every host the same dataset and "
-                "tokenizer"
-            )
-
-
-def _with_own_devices(config: RunConfig, start: _Start) -> _Start:
-    """Before the engine is imported: this replica's share of the host's GPUs."""
-    from speedbench import launch
-
-    if config.engine == "NULL":
-        return start
-    own = start.replicas.agree(lambda: launch.own_devices(start.launch, config.n_gpus, os.environ))
-    if own is None:
-        return start
-    os.environ["CUDA_VISIBLE_DEVICES"] = own
-    return start._replace(place=replace(start.place, devices=own))
-
-
-def _start_engines(config: RunConfig, start: _Start) -> tuple[Engine | None, str]:
-    """This replica's engine, or why it did not start while another's did."""
-    if start.replicas.size == 1:
-        return start_engine(config, start.launch), ""
-    from speedbench.replicas import AgreedError
-
-    engine, fault = None, ""
-    try:
-        engine = start_engine(config, start.launch)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other replicas can measure
-        fault = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    faults = start.replicas.exchange(fault)
-    if all(faults):
-        raise AgreedError(faults[0])
-    for rank, sentence in enumerate(faults):
-        if sentence and start.replicas.is_first:
-            print(
-                f"speedbench: replica {rank} did not start, the others measure their shares: "
-                f"{sentence}",
-                file=sys.stderr,
-            )
-    return engine, fault
-
-
-def _measure(
-    config: RunConfig,
-    prepared: Prepared,
-    engine: Engine | None,
-    target: Target,
-    signals: Signals,
-    start: _Start,
-    fault: str,
-) -> Outcome:
-    from speedbench import environment, session
-
-    progress = session.Progress()
-    with _showing(progress, config.show_progress), signals.graceful():
-        return session.measure(
-            config,
-            prepared,
-            engine,
-            target,
-            argv=environment.command_line(),
-            stop=signals.why,
-            progress=progress,
-            replicas=start.replicas,
-            place=start.place,
-            fault=fault,
-        )
-
-
-def start_engine(config: RunConfig, launched: Launch) -> Engine:
-    """Start the engine that a configuration names. Raises UserError."""
-    import engines
-    from speedbench import launch
-
-    settings = config.engine_settings()
-    nodes = launch.node_arguments(launched, engines.adapter(config.engine).node_args)
-    if nodes:
-        settings = replace(settings, engine_args={**settings.engine_args, **nodes})
-    if launched.node_rank == 0:
-        launch.hold_nodes(launched)
-    return engines.adapter(config.engine)(settings)
+    refuse_nodes(start.launch)
+    replicas, config = start.replicas, asked.config
+    directory = replicas.from_first(lambda: asked.resume_dir or _directory(config))
+    if asked.resume_dir is None:
+        replicas.from_first(lambda: store.refuse_existing(directory))
+    base = config.model_dump(mode="json", exclude={"save_dir"})
+    spec = Spec(base=base, baseline=asked.baseline, repeat=asked.repeat)
+    plan = series.Plan("series", directory, spec, series.arms(config, asked.baseline))
+    kept = replicas.from_first(lambda: series.read(directory))
+    return measure_all(plan, kept, signals, start, asked.fingerprint)
 
 
 def _exit_code(outcome: Outcome, signals: Signals) -> int:
     if signals.received is not None:
         return 128 + signals.received
-    if outcome.end.reason in ("engine died", "crashed") or (
-        outcome.n_failed and outcome.n_failed == outcome.n_committed
-    ):
-        return FAILED
-    return OK
+    return FAILED if has_failed(outcome) else OK
 
 
 def _say_end(outcome: Outcome, directory: Path) -> None:
@@ -377,203 +327,9 @@ def _say_end(outcome: Outcome, directory: Path) -> None:
     )
 
 
-class _Asked(NamedTuple):
-    """What the command line asks for; `fingerprint` is that of a run to be repeated exactly."""
-
-    config: RunConfig
-    resume_dir: Path | None
-    fingerprint: str | None
-
-
-def configuration(given: dict[str, Any]) -> _Asked:
-    """The run's configuration from flags, files and a stored manifest."""
-    from speedbench import store
-    from speedbench.config import from_dict
-    from speedbench.environment import redact
-
-    outside = {name: given.pop(name) for name in OUTSIDE_CONFIG if name in given}
-    flags = _normalised(given, outside)
-    values: dict[str, Any] = {}
-    resume_dir = fingerprint = None
-    if outside.get("resume"):
-        if "save_dir" not in flags:
-            raise UserError("--resume needs --save_dir: name the run directory to continue")
-        resume_dir = Path(flags["save_dir"])
-        if "config" in outside:
-            raise UserError("--resume continues a run as it was configured: leave out --config")
-        values = dict(store.read_manifest(resume_dir)["config"])
-        values.update(max_duration=None, show_progress=False)  # of that session, not of the run
-    elif "config" in outside:
-        path = Path(outside["config"])
-        manifest = (
-            store.read_manifest(path)
-            if path.is_dir()
-            else store.read_manifest(path.parent, path.name)
-        )
-        values = {**manifest["config"], "save_dir": None}
-        fingerprint = str(manifest["prompts"]["fingerprint"])
-    stored = from_dict(values) if values else None
-    values.update(merged_with_file(outside.get("runtime_params")))
-    if "<redacted>" in str(values):
-        raise UserError(
-            "the stored configuration lacks a secret that was redacted: give --runtime_params again"
-        )
-    values.update(flags)
-    if "engine" not in values:
-        raise UserError(f"--engine is missing: use one of {', '.join(_engine_names())}")
-    values["engine"] = known_engine(str(values["engine"]))
-    _absorb_engine_arguments(values, flags)
-    config = from_dict(values)
-    _refuse_algorithm(config)
-    if config.engine != "NULL" and config.model_dir is None:
-        raise UserError("--model_dir is missing: name the target checkpoint")
-    if resume_dir is not None and stored is not None:
-        shown = from_dict(redact(config.model_dump(mode="json")))
-        for name, (was, now) in stored.differences(shown).items():
-            raise UserError(
-                f"--resume cannot change --{name}: the run in {resume_dir} has {was!r}, you ask "
-                f"for {now!r}; leave it out, or start a new run"
-            )
-    if stored is None or stored.differences(config):
-        fingerprint = None  # something new was asked for
-    return _Asked(config, resume_dir, fingerprint)
-
-
-def _normalised(given: dict[str, Any], outside: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags as configuration values: dataset shorthands, split categories."""
-    flags = dict(given)
-    for name in ("mtbench", "specbench"):
-        if name in outside:
-            if flags.get("dataset", name) != name or "dataset_path" in flags:
-                raise UserError(f"--{name} already names the dataset: leave out --dataset")
-            flags.update(dataset=name, dataset_path=outside[name])
-    if "random_isl" in flags:
-        flags.setdefault("dataset", "random")
-    if "category" in flags:
-        parts = [name.strip() for part in flags["category"] for name in part.split(",")]
-        if not all(parts):
-            raise UserError("--category has an empty name: separate names by single commas")
-        flags["category"] = parts
-    return flags
-
-
-def merged_with_file(path: str | None) -> dict[str, Any]:
-    """Sections of the YAML file; sampling names that have a flag move to it."""
-    from speedbench.config import read_runtime_params
-
-    if path is None:
-        return {}
-    sections: dict[str, Any] = dict(read_runtime_params(path))
-    sampling = dict(sections.get("sampling_kwargs", {}))
-    for name, field in (
-        ("temperature", "temperature"),
-        ("top_p", "top_p"),
-        ("top_k", "top_k"),
-        ("ignore_eos", "ignore_eos"),
-        ("max_tokens", "output_length"),
-    ):
-        if name in sampling:
-            sections[field] = sampling.pop(name)
-    if "sampling_kwargs" in sections:
-        sections["sampling_kwargs"] = sampling
-    return sections
-
-
-def _absorb_engine_arguments(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
-    """An engine argument that a flag owns becomes that flag's value, unless the flag was given."""
-    import engines
-
-    arguments = dict(values.get("engine_args") or {})
-    for name, field in engines.adapter(values["engine"]).flag_of.items():
-        if name in arguments:
-            value = arguments.pop(name)
-            if field not in flags:
-                values[field] = value
-    if "engine_args" in values:
-        values["engine_args"] = arguments
-
-
-def _engine_names() -> list[str]:
-    import engines
-
-    return list(engines.ADAPTERS)
-
-
-def known_engine(name: str) -> str:
-    names = _engine_names()
-    if name.upper() not in names:
-        raise UserError(f"--engine is '{name}': expected one of {', '.join(names)}")
-    return name.upper()
-
-
-def _refuse_algorithm(config: RunConfig) -> None:
-    import engines
-
-    supported = engines.adapter(config.engine).algorithms
-    if config.speculative_algorithm not in supported:
-        raise UserError(
-            f"{config.engine} does not support --speculative_algorithm "
-            f"{config.speculative_algorithm}: it has {', '.join(supported)}"
-        )
-
-
 def _directory(config: RunConfig) -> Path:
     if config.save_dir is not None:
         return Path(config.save_dir)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     parts = (stamp, config.engine, config.speculative_algorithm, config.dataset)
     return Path("runs") / "-".join(parts).lower()
-
-
-def _add_known_answer(config: RunConfig, prepared: Prepared, directory: Path) -> None:
-    """For a calibration checkpoint: hold the records against the closed form, and store that."""
-    if config.model_dir is None or config.engine == "NULL":
-        return
-    from speedbench import calibrate, store
-
-    found = calibrate.known_answer(directory, prepared)
-    if found is not None:
-        manifest = store.read_manifest(directory)
-        store.write_manifest(directory, {**manifest, "known_answer": found})
-
-
-def _say(text: str, config: RunConfig) -> None:
-    if config.show_progress:
-        print(f"speedbench: {text}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _showing(progress: Progress, wanted: bool) -> Iterator[None]:
-    """Progress on stderr: a line that renews itself on a terminal, one every 10 s in a log."""
-    if not wanted:
-        yield
-        return
-    done = threading.Event()
-    terminal = sys.stderr.isatty()
-
-    def show() -> None:
-        started_s = time.monotonic()
-        while not done.wait(1.0 if terminal else 10.0):
-            if (loop := progress.loop) is None:
-                continue
-            elapsed_s = time.monotonic() - started_s
-            line = (
-                f"speedbench: {loop.n_done}/{progress.n_rows} conversations, {loop.n_tokens} "
-                f"tokens, {elapsed_s:.0f} s"
-            )
-            print(
-                f"\r{line}" if terminal else line,
-                end="" if terminal else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    thread = threading.Thread(target=show, name="speedbench-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        if terminal:
-            print(file=sys.stderr)

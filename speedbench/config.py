@@ -39,6 +39,9 @@ PRESETS: Mapping[str, int | None] = {"ci": 88, "short": 264, "full": None}
 NEEDS_DRAFT_MODEL = ("EAGLE3", "EAGLE", "DRAFT_TARGET", "MEDUSA", "PARD", "DFLASH")
 """Algorithms that cannot run without a second checkpoint (MTP may keep its head in the target)."""
 
+TAKES_NO_DRAFT_MODEL = ("NONE", "NGRAM", "SUFFIX")
+"""Algorithms that have no draft checkpoint."""
+
 NOT_IDENTITY = frozenset({"save_dir", "show_progress", "max_duration"})
 """Fields that may differ between a run and its resumption: they change nothing measured."""
 
@@ -158,6 +161,13 @@ class RunConfig(BaseModel):
     sampling_kwargs: dict[str, Any] = _flag("", "further sampling parameters, engine's names", {})
 
     concurrency: int = _flag("measurement", "conversations in flight (in each replica)", 1, ge=1)
+    max_num_seqs: int | None = _flag(
+        "measurement",
+        "requests the engine is started for (default: --concurrency); a sweep sets it, so that "
+        "runs of several concurrencies have the same engine",
+        None,
+        ge=1,
+    )
     shard: str | None = _flag(
         "measurement",
         "measure this share of the rows, r/R (0/4 to 3/4): one of several jobs that `speedbench "
@@ -243,6 +253,12 @@ class RunConfig(BaseModel):
             )
         if self.preset is not None and self.num_requests is not None:
             raise ValueError("--preset and --num_requests both say how many rows: give one of them")
+        if self.max_num_seqs is not None and self.max_num_seqs < self.concurrency:
+            raise ValueError(
+                f"--max_num_seqs is {self.max_num_seqs}, fewer than --concurrency "
+                f"{self.concurrency}: requests would wait inside the engine, raise it or leave it "
+                "out"
+            )
         return self
 
     @field_validator("dataset")
@@ -287,6 +303,17 @@ class RunConfig(BaseModel):
         """K asked for: 0 without speculation."""
         return 0 if self.speculative_algorithm == "NONE" else self.draft_length
 
+    def baseline(self) -> RunConfig:
+        """The arm without speculation: the speculative configuration is left out, all else is
+        the same."""
+        fields = type(self).model_fields
+        names = ("speculative_algorithm", "draft_model_dir", "draft_length", "draft_sample_method",
+                 "block_size")  # fmt: skip
+        arguments = {k: v for k, v in self.engine_args.items() if not _is_speculative(k)}
+        return self.model_copy(
+            update={**{name: fields[name].default for name in names}, "engine_args": arguments}
+        )
+
     @property
     def n_warmup(self) -> int:
         return min(self.concurrency, 32) if self.warmup is None else self.warmup
@@ -305,7 +332,7 @@ class RunConfig(BaseModel):
             draft_length=self.draft_length,
             draft_sample_method=self.draft_sample_method,
             block_size=self.block_size,
-            concurrency=self.concurrency,
+            concurrency=self.max_num_seqs or self.concurrency,
             max_seq_len=self.max_seq_len,
             tp_size=self.tp_size,
             pp_size=self.pp_size,
@@ -337,6 +364,11 @@ class RunConfig(BaseModel):
             for name in mine
             if name not in NOT_IDENTITY and mine[name] != theirs[name]
         }
+
+
+def _is_speculative(argument: str) -> bool:
+    """Whether an engine argument, in any engine's spelling, says how to draft."""
+    return argument.startswith("speculative_") or argument == "max_matching_ngram_size"
 
 
 def speed_part(name: str) -> tuple[str, str | None]:

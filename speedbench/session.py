@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import time
 import uuid
@@ -16,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from speedbench import datasets, environment, prompts, store
+from speedbench import datasets, draft_vocabulary, energy, environment, prompts, store
 from speedbench.config import RunConfig
 from speedbench.datasets import tokens
 from speedbench.loop import Loop, LoopEnd
@@ -68,9 +69,7 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Read, select and encode what will be asked. Raises UserError."""
-    if config.engine != "NULL":
-        _refuse_missing("model_dir", config.model_dir)
-        _refuse_missing("draft_model_dir", config.draft_model_dir)
+    refuse_missing_checkpoints(config)
     if config.prompts is not None:
         return _pretokenized(config, Path(config.prompts))
     needs_text = config.dataset != "random"
@@ -117,6 +116,31 @@ def prepare(config: RunConfig) -> Prepared:
         encoder.eos_token_ids if encoder else (),
         Counter(row.category for row in rows),
     )
+
+
+NOT_INPUT = frozenset(
+    {
+        "tp_size", "pp_size", "dp_size", "ep_size", "max_seq_len", "prefix_cache",
+        "capture_experts", "engine_args", "speculative_algorithm", "draft_model_dir",
+        "draft_length", "draft_sample_method", "block_size", "output_length", "temperature",
+        "top_p", "top_k", "ignore_eos", "sampling_kwargs", "concurrency", "max_num_seqs", "warmup",
+        "max_duration", "save_dir", "show_progress",
+    }
+)  # fmt: skip
+"""Configuration fields that change nothing in what `prepare` makes."""
+
+
+def input_identity(config: RunConfig) -> str:
+    """Equal for configurations whose prepared input is the same, so that it is made once."""
+    values = config.model_dump(mode="json", exclude=set(NOT_INPUT))
+    return json.dumps(values, sort_keys=True)
+
+
+def refuse_missing_checkpoints(config: RunConfig) -> None:
+    """Raise UserError for a checkpoint folder that is none."""
+    if config.engine != "NULL":
+        _refuse_missing("model_dir", config.model_dir)
+        _refuse_missing("draft_model_dir", config.draft_model_dir)
 
 
 def _pretokenized(config: RunConfig, path: Path) -> Prepared:
@@ -269,6 +293,10 @@ def call_complete(target: Target) -> None:
         store.write_manifest(target.directory, {**manifest, "status": "complete"})
 
 
+class NotStoredError(AgreedError):
+    """Not everything that was measured could be written: no further run could be, either."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a measurement ended, for whoever talks to the user."""
@@ -313,10 +341,9 @@ def measure(
     every size-th row, and the outcome is of them all; one whose engine did not start (`engine` is
     None, `fault` says why) takes part without measuring.
     """
-    infos = replicas.exchange(replicas.agree(lambda: None if engine is None else engine.describe()))
-    info = _one_engine(infos)
+    info = engine_info(engine, replicas)
     replicas.agree(lambda: _same_engine(info, target))
-    rows, refused = replicas.agree(lambda: _within_limit(config, prepared, info))
+    rows, refused = replicas.agree(lambda: within_limit(config, prepared, info))
     rows = [row for row in rows if row.id not in target.done]
     rows = rows[replicas.rank :: replicas.size]
     clock: Callable[[], int] = getattr(engine, "now_ns", time.monotonic_ns)
@@ -335,6 +362,7 @@ def measure(
             made = _manifest(config, prepared, info, refused, target, machine)
             made["sessions"].extend(entries)
             store.write_manifest(target.directory, made)
+            draft_vocabulary.store(target.directory, config.draft_model_dir)
             return made
 
         manifest = replicas.agree(begin)
@@ -388,10 +416,25 @@ class _Share:
         message = f"the engine did not start: {fault}"
         if engine is not None:
             message = self._warmed(engine, sampling)
-        self.replicas.meet()
-        met_ns = self.clock()
         if engine is None or message:
+            self.replicas.meet()
+            met_ns = self.clock()
             return self._ended(LoopEnd("engine died", message, met_ns, met_ns, 0, 0, 0), met_ns)
+        sampler = energy.Sampler(
+            self.target.directory,
+            self.info,
+            session=self.target.session,
+            replica=self.replicas.rank,
+            n_gpus=self.config.n_gpus,
+        )
+        with sampler:  # it takes a moment to start: before the replicas meet
+            self.replicas.meet()
+            ended = self._looped(engine, sampling, self.clock(), progress)
+        return dataclasses.replace(ended, entry={**ended.entry, "energy": sampler.why_not})
+
+    def _looped(
+        self, engine: Engine, sampling: Sampling, met_ns: int, progress: Progress | None
+    ) -> _Ended:
         before = engine.counters()
         writer = store.Writer(self.target.directory, self.target.session, self.replicas.rank)
         failed: list[str] = []
@@ -504,6 +547,13 @@ def _boot_id() -> str:
         return f"unknown {uuid.uuid4()}"
 
 
+def engine_info(engine: Engine | None, replicas: Replicas = ALONE) -> EngineInfo:
+    """What the engines of all replicas say of themselves; `engine` is None where one did not start.
+    Raises UserError, on all, if they differ."""
+    own = replicas.agree(lambda: None if engine is None else engine.describe())
+    return _one_engine(replicas.exchange(own))
+
+
 def _one_engine(infos: Sequence[EngineInfo | None]) -> EngineInfo:
     """What all replicas' engines say of themselves. Raises UserError, on all, if they differ."""
     known = {rank: info for rank, info in enumerate(infos) if info is not None}
@@ -554,7 +604,7 @@ def _write_end(directory: Path, manifest: Mapping[str, Any], all_ended: Sequence
         store.write_manifest(directory, manifest)
     except OSError as error:
         if not any(one.not_stored for one in all_ended):  # else that is told
-            raise UserError(
+            raise NotStoredError(
                 f"how the run in {directory} ended could not be stored ({error}): free space or "
                 "mend the path, then --resume"
             ) from None
@@ -563,9 +613,9 @@ def _write_end(directory: Path, manifest: Mapping[str, Any], all_ended: Sequence
 def _raise_not_stored(all_ended: Sequence[_Ended]) -> None:
     for rank, one in enumerate(all_ended):
         if one.not_stored:
-            if len(all_ended) == 1:
-                raise UserError(one.not_stored)
-            raise AgreedError(f"replica {rank}: {one.not_stored}")
+            raise NotStoredError(
+                one.not_stored if len(all_ended) == 1 else f"replica {rank}: {one.not_stored}"
+            )
 
 
 def _outcome(all_ended: Sequence[_Ended]) -> Outcome:
@@ -623,10 +673,11 @@ def _same_machine(machine: Mapping[str, Any], target: Target) -> None:
             )
 
 
-def _within_limit(
+def within_limit(
     config: RunConfig, prepared: Prepared, info: EngineInfo
 ) -> tuple[list[Conversation], list[dict[str, Any]]]:
-    """Rows whose known prompts the engine can take, and a record of each that is refused."""
+    """Rows whose known prompts the engine can take, and a record of each that is refused. Raises
+    UserError if there is none."""
     rows: list[Conversation] = []
     refused: list[dict[str, Any]] = []
     for row in prepared.rows:

@@ -32,6 +32,11 @@ ALLOWED = {
         "speedbench.words",
     },
     "speedbench.store": {"numpy", "pyarrow", "speedbench.columns", "speedbench.types"},
+    "speedbench.permutation": {"numpy", "scipy", "speedbench.columns"},
+    "speedbench.remote": {"fsspec", "speedbench.types"},
+    "speedbench.remote_lock": {"speedbench.remote", "speedbench.types"},
+    "speedbench.mirror": {"speedbench.remote", "speedbench.remote_lock", "speedbench.types"},
+    "speedbench.mirror_process": {"speedbench.mirror", "speedbench.remote", "speedbench.types"},
     "speedbench.checks": {"numpy", "speedbench.columns", "speedbench.metrics", "speedbench.store"},
 }
 """What each module may import at most, beside the standard library."""
@@ -40,6 +45,8 @@ FORBIDDEN = {
     "speedbench.datasets": ("engines", "speedbench.loop", "speedbench.store", "speedbench.metrics"),
     "speedbench.report": ("engines", "speedbench.loop", "speedbench.session", "speedbench.cli"),
     "speedbench.calibration": ("engines", "speedbench.loop", "speedbench.store", "speedbench.cli"),
+    "speedbench.insights": ("engines", "speedbench.loop", "speedbench.session", "speedbench.cli"),
+    "speedbench.energy": ("engines", "speedbench.loop", "speedbench.session", "speedbench.cli"),
     "speedbench.session": ("engines", "speedbench.metrics", "speedbench.report", "speedbench.cli"),
 }
 

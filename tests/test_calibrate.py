@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import engines
-from speedbench import calibrate, cli
+from speedbench import calibrate, cli, cli_base
 from speedbench.calibration.closed_form import Case, KnownAnswer, read_known_answer
 from speedbench.types import (
     Algorithm,
@@ -110,7 +110,7 @@ def test_every_algorithm_is_judged_and_told_in_one_table(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # At temperature 1 a greedy engine is no sampled one: that case, and no other, is a fault.
-    assert run(RightEngine, monkeypatch, tmp_path / "runs") == cli.FAILED
+    assert run(RightEngine, monkeypatch, tmp_path / "runs") == cli_base.FAILED
     found = table(capsys.readouterr().out)
     for name in ("NONE", "EAGLE", "EAGLE3", "EAGLE3 pruned", "MEDUSA", "PARD", "NGRAM"):
         assert " exact " in found[name], found[name]
@@ -131,7 +131,7 @@ def test_another_k_is_found_with_every_drafter(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(RightEngine, "spoil_k", 1)
     code = run(RightEngine, monkeypatch, tmp_path / "runs", "--algorithm", algorithm)
-    assert code == cli.FAILED
+    assert code == cli_base.FAILED
     assert "FAULT: off-by-one K" in capsys.readouterr().out
 
 
@@ -145,7 +145,7 @@ def test_experts_of_other_tokens_are_found(
 
     spoiled = type("Shifted", (RightEngine,), {"experts": shifted})
     code = run(spoiled, monkeypatch, tmp_path / "runs", "--algorithm", "NONE")
-    assert code == cli.FAILED
+    assert code == cli_base.FAILED
     assert "FAULT: wrong experts" in capsys.readouterr().out
 
 
@@ -171,7 +171,7 @@ def test_counters_that_contradict_the_steps_are_a_fault(
 
     code = run(Counting, monkeypatch, tmp_path / "runs", "--algorithm", "EAGLE")
     out = capsys.readouterr().out
-    assert (code == cli.OK) is (extra == 0), out
+    assert (code == cli_base.OK) is (extra == 0), out
     assert ("FAULT: counters differ" in out and "+1 drafts" in out) is (extra == 1)
 
 
@@ -184,7 +184,7 @@ def test_an_engine_that_drafts_and_says_another_k_is_a_fault(
         RightEngine.__init__(self, replace(settings, draft_length=settings.draft_length + 1))
 
     engine = type("Other", (RightEngine,), {"__init__": other})
-    assert run(engine, monkeypatch, tmp_path / "runs", "--algorithm", "EAGLE") == cli.FAILED
+    assert run(engine, monkeypatch, tmp_path / "runs", "--algorithm", "EAGLE") == cli_base.FAILED
     out = capsys.readouterr().out
     assert "FAULT: off-by-one K" in out
     assert "drafts 4 tokens per step, asked was K=3" in out
@@ -198,7 +198,7 @@ def test_an_end_that_is_told_wrong_is_a_fault(
         return [*steps[:-1], steps[-1]._replace(finish_reason="length")]
 
     engine = type("Lengthy", (RightEngine,), {"play": play})
-    assert run(engine, monkeypatch, tmp_path / "runs", "--algorithm", "EAGLE") == cli.FAILED
+    assert run(engine, monkeypatch, tmp_path / "runs", "--algorithm", "EAGLE") == cli_base.FAILED
     assert "FAULT: wrong end" in capsys.readouterr().out
 
 
@@ -206,7 +206,7 @@ def test_more_heads_than_were_built_are_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--algorithm", "MEDUSA", "--draft_length", "7")
-    assert run(RightEngine, monkeypatch, tmp_path / "runs", *more) == cli.FAILED
+    assert run(RightEngine, monkeypatch, tmp_path / "runs", *more) == cli_base.FAILED
     out = capsys.readouterr().out
     assert "has 5 heads, --draft_length is 7" in out
     assert "FAULT" not in out
@@ -216,13 +216,15 @@ def test_an_algorithm_that_was_named_and_does_not_start_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = run(RightEngine, monkeypatch, tmp_path / "runs", "--algorithm", "EAGLE,MTP")
-    assert code == cli.FAILED
+    assert code == cli_base.FAILED
     out = capsys.readouterr().out
     assert "no head to predict with" in out
-    assert run(RightEngine, monkeypatch, tmp_path / "more", "--algorithm", "eagle") == cli.OK
-    assert run(RightEngine, monkeypatch, tmp_path / "none", "--algorithm", "DFLASH") == cli.USAGE
+    assert run(RightEngine, monkeypatch, tmp_path / "more", "--algorithm", "eagle") == cli_base.OK
+    assert (
+        run(RightEngine, monkeypatch, tmp_path / "none", "--algorithm", "DFLASH") == cli_base.USAGE
+    )
     assert "it has NONE, DRAFT_TARGET" in capsys.readouterr().err
-    assert run(RightEngine, monkeypatch, tmp_path / "none", "--algorithm", "MTPX") == cli.USAGE
+    assert run(RightEngine, monkeypatch, tmp_path / "none", "--algorithm", "MTPX") == cli_base.USAGE
     assert "expected EAGLE3, EAGLE" in capsys.readouterr().err
 
 
@@ -254,12 +256,12 @@ def test_engines_are_listed_with_their_proofs(
 ) -> None:
     monkeypatch.setattr(engines, "ADAPTERS", {"VLLM": "", "NULL": ""})
     monkeypatch.setattr(engines, "adapter", lambda _name: RightEngine)
-    assert cli.main(["engines", "--format", "markdown"]) == cli.OK
+    assert cli.main(["engines", "--format", "markdown"]) == cli_base.OK
     out = capsys.readouterr().out
     assert "| EAGLE3 | real engine |" in out
     assert "| DFLASH | - |" in out
     assert "- VLLM, where it ran: here." in out
-    assert cli.main(["engines"]) == cli.OK
+    assert cli.main(["engines"]) == cli_base.OK
     assert "block diffusion" in capsys.readouterr().out
 
 
@@ -267,5 +269,5 @@ def test_the_readme_shows_what_the_adapters_say(capsys: pytest.CaptureFixture[st
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     _, _, rest = readme.partition("<!-- speedbench engines --format markdown -->\n")
     shown, _, _ = rest.partition("<!-- end -->")
-    assert cli.main(["engines", "--format", "markdown"]) == cli.OK
+    assert cli.main(["engines", "--format", "markdown"]) == cli_base.OK
     assert shown.strip() == capsys.readouterr().out.strip()

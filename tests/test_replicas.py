@@ -68,7 +68,7 @@ def test_two_replicas_make_one_run_with_the_throughput_of_both(tmp_path: Path) -
     assert len(asked(run_dir)) == 61
     run = store.load(run_dir)
     assert run.manifest["status"] == "complete"
-    assert run.manifest["format"] == 2
+    assert run.manifest["format"] == store.FORMAT
     sessions = run.manifest["sessions"]
     assert [s["concurrency"] for s in sessions] == [4, 4]
     assert [(s["session"], s["replica"], s["end"]) for s in sessions] == [

@@ -9,19 +9,21 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from speedbench import store
-from speedbench.report import as_json, console, layout, markdown
-from speedbench.report.pair import pair, significant
-from speedbench.report.summary import Figure, summarize
+from speedbench import stats, store
+from speedbench.report import as_json, console, html, layout, markdown
+from speedbench.report.arms import grouped
+from speedbench.report.blocks import Block
+from speedbench.report.document import document
+from speedbench.report.summary import Resamples, Summary, summarize, summarize_repeats
 from speedbench.store import Run
-from speedbench.types import ConversationRecord, UserError
+from speedbench.types import ConversationRecord
 from tests.builders import MS, S, conversation, counters, session, stored, told, turn
 
 CATEGORIES = [
@@ -205,11 +207,11 @@ def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(
     known["by_category"] = dict.fromkeys(CATEGORIES, 2.5)
     spec = arm(tmp_path / "spec", 3, step_ns=15 * MS, known_answer=known)
     base = arm(tmp_path / "base", 0)
-    both = pair(base, spec)
+    both = of_all(base, spec)
     for text in (
         shown(spec, width),
         shown(base, width),
-        printed(lambda out: console.render_pair(both, out), width),
+        printed(lambda out: console.draw(both, out), width),
     ):
         assert "…" not in text
         assert max(map(len, text.splitlines())) <= width
@@ -378,7 +380,7 @@ def test_json_is_strict_versioned_and_precise(tmp_path: Path) -> None:
     run = arm(tmp_path / "r", 3)
     found = as_json.render(summarize(run))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["schema"] == "speedbench.report/1"
+    assert found["schema"] == "speedbench.report/2"
     assert found["acceptance"]["al"]["al_specdec_bench"]["value"] == pytest.approx(
         21 / 9, abs=1e-14
     )
@@ -402,177 +404,186 @@ def test_json_holds_reasons_and_never_a_number_that_json_lacks(tmp_path: Path) -
     assert found["output_tps"]["whole"]["why_not"]
 
 
-# --- pairs ----------------------------------------------------------------------------------------
+# --- several runs ---------------------------------------------------------------------------------
 
 
-def test_a_pair_counts_the_prompts_that_differ(tmp_path: Path) -> None:
-    """Live history: the second turn of one conversation of two held another reply."""
-
-    def run(name: str, hashes: Sequence[str]) -> Run:
-        rows = [
-            conversation(
-                f"c{i}",
-                "qa",
-                turn(f"{i}.0", [1, 1], submitted_ns=1),
-                replace(turn(f"{i}.1", [1, 1], number=1, submitted_ns=1), prompt_sha256=sha),
-            )
-            for i, sha in enumerate(hashes)
-        ]
-        return stored(tmp_path / name, rows, expected={"qa": 2}, draft_length=0)
-
-    both = pair(run("a", ["aa", "bb"]), run("b", ["aa", "cc"]))
-    found = [c for c in both.checks if "prompts" in c.sentence]
-    assert [c.level for c in found] == ["warning"]
-    assert found[0].sentence.startswith("1 conversation(s) had other prompts")
-    assert (both.n_other, both.n_pairs) == (1, {"qa": 1})
+def of_all(*runs: Run) -> list[Block]:
+    return list(document(grouped(runs)))
 
 
 def test_a_pair_shows_the_speedup_beside_the_length(tmp_path: Path) -> None:
     """20 tokens after the first: in 20 steps of 10 ms, or in 8 of 15 ms: 200/120 = 1.6667."""
-    both = pair(arm(tmp_path / "base", 0), arm(tmp_path / "spec", 3, step_ns=15 * MS))
-    assert both.overall.value == pytest.approx(5 / 3)
-    assert both.overall.interval == pytest.approx((5 / 3, 5 / 3))
-    assert {n: f.value for n, f in both.by_category.items()} == pytest.approx(
-        dict.fromkeys(CATEGORIES, 5 / 3)
-    )
-    assert set(both.n_pairs.values()) == {4}
-    assert [c.sentence for c in both.checks] == [
-        "all 44 prompts were identical in both arms, token by token"
-    ]
-    text = printed(lambda out: console.render_pair(both, out), 80)
-    assert re.search(r"coding\W+4/4\W+2\.5000\W+2\.5000-2\.5000\W+1\.6667\W+1\.6667-1\.6667", text)
-    assert re.search(r"Overall Average\W+44/44 .*1\.6667\W+1\.6667-1\.6667", text)
-    assert "1.6667 (95 % 1.6667-1.6667). Geometric mean" in text
-    written = markdown.render_pair(both)
-    assert re.search(r"\| coding \| 4/4 \| 2\.5000 \| [\d.-]+ \| 1\.6667 \| [\d.-]+ \|", written)
-    found = as_json.render_pair(both)
-    json.dumps(found, allow_nan=False)
-    assert found["speedup"]["user_tps"]["value"] == pytest.approx(5 / 3)
-    assert found["speedup"]["user_tps"]["significant"] is True
-    assert found["baseline"]["draft_length"] == 0
-    assert found["speculative"]["draft_length"] == 3
-
-
-def test_system_speedup_is_the_ratio_of_steady_throughputs(tmp_path: Path) -> None:
     base, spec = arm(tmp_path / "base", 0), arm(tmp_path / "spec", 3, step_ns=15 * MS)
-    both = pair(base, spec)
-    mine, theirs = (summarize(run).output_tps_steady.value for run in (base, spec))
-    assert mine
-    assert theirs
-    assert both.system.value == pytest.approx(theirs / mine)
-    few = pair(
-        arm(tmp_path / "few", 0, names=["math"], per_category=2),
-        arm(tmp_path / "few3", 3, names=["math"], per_category=2),
-    )
-    assert few.system.value is None
-    assert few.system.why_not.startswith("baseline: there were no more conversations than slots")
+    blocks = of_all(base, spec)
+    text = printed(lambda out: console.draw(blocks, out), 80)
+    row = r"coding\W+4\W+2\.5000\W+2\.5000-2\.5000\W+1\.6667\W+1\.6667-1\.6667"
+    assert re.search(row, text)
+    assert "all 44 prompts were identical in both arms, token by token" in " ".join(text.split())
+    written = markdown.write(blocks)
+    assert re.search(r"\| coding \| 4 \| 2\.5000 \| [\d.-]+ \| 1\.6667 \| [\d.-]+ \|", written)
+    page = html.render(blocks, "both")
+    assert page.count("1.6667-1.6667") >= 12
+    first = written.index("Speedup of EAGLE3 K=3")
+    assert written.index("WARNING") < first if "WARNING" in written else True
+    assert first < written.index("Details: EAGLE3 K=3")
 
 
-def test_no_significance_is_said_out_loud(tmp_path: Path) -> None:
-    """Half the conversations twice as fast, half twice as slow."""
-
-    def run(directory: Path, draft_length: int, steps_ms: Sequence[int]) -> Run:
-        records = [
-            conversation(f"c{i}", "math", turn(f"c{i}", [1] * 11, step_ns=ms * MS))
-            for i, ms in enumerate(steps_ms)
-        ]
-        return stored(directory, records, draft_length=draft_length)
-
-    both = pair(run(tmp_path / "b", 0, [20] * 8), run(tmp_path / "s", 3, [10, 40] * 4))
-    assert both.overall.value == pytest.approx(1)
-    assert significant(both.overall) is False
-    text = printed(lambda out: console.render_pair(both, out), 80)
-    assert "NOT SIGNIFICANT" in " ".join(text.split())
-    assert "1.0000 ns" in text
-    assert "ns: not significant" in text
-    assert significant(Figure(2.0, (1.5, 2.5))) is True
-    assert significant(Figure(0.5, (0.4, 0.6))) is True
-    assert significant(Figure(2.0)) is None
-
-
-def test_conversations_of_one_arm_only_are_left_out_and_counted(tmp_path: Path) -> None:
-    base = arm(tmp_path / "base", 0, left_out=["row-0-0", "row-1-1"])
-    spec = arm(tmp_path / "spec", 3, left_out=["row-0-0", "row-2-2"])
-    both = pair(base, spec)
-    assert (both.n_base_only, both.n_spec_only) == (1, 1)
-    assert both.n_pairs["coding"] == 3
-    assert both.n_pairs["humanities"] == both.n_pairs["math"] == 3
-    assert any("2 conversation(s) were measured in one arm only" in c.sentence for c in both.checks)
-    assert "2 conversations are left out" in " ".join(markdown.render_pair(both).split())
-
-
-def test_conversations_that_failed_or_took_no_time_are_in_no_speedup(tmp_path: Path) -> None:
-    def run(directory: Path, draft_length: int, *, fail: bool) -> Run:
-        records = [
-            conversation("ok", "math", [1] * 5),
-            conversation("short", "math", [1]),
-            conversation(
-                "bad",
-                "math",
-                turn("bad", [1] * 5, finish="error" if fail else "length"),
-            ),
-        ]
-        return stored(directory, records, draft_length=draft_length)
-
-    both = pair(run(tmp_path / "b", 0, fail=False), run(tmp_path / "s", 3, fail=True))
-    assert both.n_pairs == {"math": 1}
-    assert both.n_base_only == 1
-    assert both.n_untimed == 1
-    assert both.overall.interval is None
-    assert both.overall.why_not
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"prompts": {"fingerprint": "e" * 64}}, "prompts differ"),
-        ({"config": {"output_length": 64}}, "--output_length differs: it is 4096"),
-        ({"config": {"temperature": 0.7}}, "--temperature"),
-        ({"config": {"top_p": 0.9}}, "--top_p"),
-        ({"config": {"top_k": 5}}, "--top_k"),
-        ({"config": {"ignore_eos": True}}, "--ignore_eos"),
-        ({"config": {"concurrency": 3}}, "--concurrency"),
-    ],
-)
-def test_runs_that_are_no_pair_are_refused(
-    tmp_path: Path, change: dict[str, dict[str, Any]], words: str
-) -> None:
-    base = arm(tmp_path / "base", 0, names=["math"])
+def test_arms_that_cannot_be_compared_are_reported_with_the_reason(tmp_path: Path) -> None:
+    base = arm(tmp_path / "base", 0, names=["math"], config={"temperature": 0.7})
     spec = arm(tmp_path / "spec", 3, names=["math"])
-    ((section, values),) = change.items()
-    manifest = store.read_manifest(spec.directory)
-    manifest[section].update(values)
-    store.write_manifest(spec.directory, manifest)
-    with pytest.raises(UserError, match=re.escape(words)):
-        pair(base, store.load(spec.directory))
+    text = markdown.write(of_all(base, spec))
+    (line,) = [x for x in text.splitlines() if "is held against no baseline" in x]
+    assert line.startswith("EAGLE3 K=3")
+    assert "temperature" in line
+    assert "Speedup of" not in text
+    assert "Details: EAGLE3 K=3" in text
+    lone = markdown.write(of_all(spec, arm(tmp_path / "five", 5, names=["math"])))
+    assert lone.count("no baseline (--speculative_algorithm NONE) was named") == 2
 
 
-def test_a_speculative_run_is_no_baseline(tmp_path: Path) -> None:
-    runs = [arm(tmp_path / str(k), k, names=["math"]) for k in (3, 0)]
-    with pytest.raises(UserError, match="no baseline"):
-        pair(*runs)
+def test_checks_of_several_runs_say_whose_they_are(tmp_path: Path) -> None:
+    names = ["math"]
+    base = arm(tmp_path / "base", 0, names=names, engine={"max_num_seqs": 1})
+    one = arm(tmp_path / "one", 3, names=names, engine={"max_num_seqs": 1})
+    two = arm(tmp_path / "two", 3, names=names, engine={"max_num_seqs": 1}, status="failed")
+    text = markdown.write(of_all(base, one, two))
+    lines = [x for x in text.splitlines() if x.startswith("- **WARNING**")]
+    (slots,) = [x for x in lines if "at most 1 requests at once" in x]
+    assert "baseline and EAGLE3 K=3: the engine runs" in slots  # of both of its runs
+    (failed,) = [x for x in lines if "the run is failed" in x]
+    assert "EAGLE3 K=3, run 2: " in failed
 
 
-def test_arms_that_differ_in_more_than_speculation_are_doubted(tmp_path: Path) -> None:
-    """Trap 7: another max_num_seqs, another prefix cache; and another machine."""
-    base = arm(tmp_path / "base", 0, names=["math"], engine={"max_num_seqs": 192})
-    spec = arm(
-        tmp_path / "spec",
-        3,
-        names=["math"],
-        engine={"settings": {"dtype": "float16", "speculative_method": "eagle3"}},
-        config={"engine_args": {"speculative_config": {"x": 1}}},
-    )
-    manifest = store.read_manifest(spec.directory)
-    manifest["environment"]["gpus"] = [{"name": "NVIDIA A100"}]
-    store.write_manifest(spec.directory, manifest)
-    both = pair(base, store.load(spec.directory))
-    doubts = [c.sentence.split("speculation: ")[-1] for c in both.checks if c.level == "warning"]
-    assert doubts == [
-        "the engine's max_num_seqs is 192 in the baseline and 64 in the speculative run",
-        "the engine's dtype is bfloat16 in the baseline and float16 in the speculative run",
-        "the GPU is ['NVIDIA H100'] in the baseline and ['NVIDIA A100'] in the speculative run",
+def test_what_all_runs_share_is_told_once(tmp_path: Path) -> None:
+    text = markdown.write(of_all(arm(tmp_path / "base", 0), arm(tmp_path / "spec", 3)))
+    assert text.count("f" * 64) == 1
+    assert text.count("/models/drafter") >= 1
+    assert text.count(str(tmp_path / "spec")) == text.count(str(tmp_path / "base")) == 1
+
+
+# --- repeats --------------------------------------------------------------------------------------
+
+
+def decoded(lengths: Sequence[Sequence[int]]) -> list[ConversationRecord]:
+    """A conversation for each list of decode steps, in turns between two categories."""
+    return [
+        conversation(f"c{i}", "ab"[i % 2], turn(f"c{i}", [1, *steps], told=told([1, *steps], 3)))
+        for i, steps in enumerate(lengths)
     ]
+
+
+FIRST = [[4, 2, 1], [3, 3], [1, 1, 4], [2, 4, 4, 1], [4, 4], [1, 2, 3]]
+SECOND = [[4, 4, 1], [3, 1], [1, 2, 4], [2, 4, 1, 1], [4, 3], [1, 2, 1]]
+
+
+def pooled_of(*runs: Run) -> Summary:
+    return summarize_repeats(runs, [summarize(run) for run in runs])
+
+
+def test_repeats_are_pooled_step_by_step(tmp_path: Path) -> None:
+    runs = [stored(tmp_path / str(i), decoded(steps)) for i, steps in enumerate((FIRST, SECOND))]
+    found = pooled_of(*runs)
+    steps = [n for one in (*FIRST, *SECOND) for n in one]
+    assert found.histogram == tuple(steps.count(n) for n in (1, 2, 3, 4))
+    assert found.lengths["al_step"].value == pytest.approx(sum(steps) / len(steps))
+    by_category = [
+        [n for run in (FIRST, SECOND) for i, one in enumerate(run) if i % 2 == g for n in one]
+        for g in (0, 1)
+    ]
+    means = [sum(group) / len(group) for group in by_category]
+    assert [row.lengths["al"].value for row in found.categories] == pytest.approx(means)
+    assert found.lengths["al"].value == pytest.approx(sum(means) / 2)
+    of_conversation = [
+        (sum(a) + sum(b)) / (len(a) + len(b)) for a, b in zip(FIRST, SECOND, strict=True)
+    ]
+    halves = [sum(of_conversation[g::2]) / 3 for g in (0, 1)]
+    assert found.lengths["al_conversation"].value == pytest.approx(sum(halves) / 2)
+    each = [
+        [(1 + sum(one)) / (1 + len(one)) for one in run] for run in (FIRST, SECOND)
+    ]  # with the prefill
+    assert found.lengths["al_specdec_bench"].value == pytest.approx(
+        sum((a + b) / 2 for a, b in zip(*each, strict=True)) / 6
+    )
+    assert (found.n_conversations, found.n_requests, found.n_failed) == (6, 12, 0)
+    assert [row.n_complete for row in found.categories] == [3, 3]
+    assert found.output_tps.value is None
+    assert found.output_tps.why_not == "throughput is told run by run"
+
+
+def test_the_same_run_twice_knows_no_more_than_once(tmp_path: Path) -> None:
+    """Conversations are what is resampled: a repeat that says the same narrows no interval."""
+    one, two = (stored(tmp_path / name, decoded(FIRST)) for name in "ab")
+    once, twice = summarize(one), pooled_of(one, two)
+    for name in ("al", "al_step", "al_conversation", "al_drafted"):
+        assert twice.lengths[name] == once.lengths[name]
+    assert twice.rates == once.rates
+    assert twice.joint == once.joint
+    assert [row.lengths["al"] for row in twice.categories] == [
+        row.lengths["al"] for row in once.categories
+    ]
+
+
+def test_repeats_in_another_order_with_a_failure_are_pooled_by_name(tmp_path: Path) -> None:
+    good = stored(tmp_path / "a", decoded(FIRST))
+    records = decoded(SECOND)
+    bad = turn("c2", [1, 4, 4], finish="error", error="boom")
+    records[2] = conversation("c2", "a", bad)
+    other = stored(tmp_path / "b", list(reversed(records)))
+    found = pooled_of(good, other)
+    steps = [n for one in FIRST for n in one]
+    steps += [n for i, one in enumerate(SECOND) if i != 2 for n in one]
+    assert sum(found.histogram) == len(steps)
+    assert found.lengths["al_step"].value == pytest.approx(sum(steps) / len(steps))
+    assert (found.n_conversations, found.n_failed) == (6, 1)
+    by_category = [
+        [n for i, one in enumerate(FIRST) if i % 2 == g for n in one]
+        + [n for i, one in enumerate(SECOND) if i % 2 == g and i != 2 for n in one]
+        for g in (0, 1)
+    ]
+    assert [row.lengths["al"].value for row in found.categories] == pytest.approx(
+        [sum(group) / len(group) for group in by_category]
+    )
+
+
+def test_repeats_are_timed_run_by_run(tmp_path: Path) -> None:
+    runs = [arm(tmp_path / str(ms), 3, step_ns=ms * MS, names=["math"]) for ms in (10, 20)]
+    blocks = of_all(*runs)
+    assert [run.directory for run in runs] == [tmp_path / "10", tmp_path / "20"]
+    text = markdown.write(blocks)
+    assert "Acceptance is pooled over 2 runs" in text
+    rows = {x.split(" | ")[0][2:]: x for x in text.splitlines() if x.startswith("| ")}
+    numbers = {label: [float(n) for n in re.findall(r"\d+\.\d+", x)] for label, x in rows.items()}
+    assert numbers["Step time P50 (ms)"] == [10, 20]
+    assert numbers["AL"] == [2.5, 2.5]
+    assert numbers["TTFT P95 (ms)"] == [50, 50]
+    assert numbers["User TPS P50 (tokens/s)"] == [250, 125]
+
+
+def test_a_terminal_is_spared_the_details_of_many_arms(tmp_path: Path) -> None:
+    runs = [arm(tmp_path / str(k), k, names=["math", "qa"]) for k in (0, 1, 2, 3, 4)]
+    blocks = of_all(*runs)
+    text = " ".join(printed(lambda out: console.draw(blocks, out), 80).split())
+    written = markdown.write(blocks)
+    assert "Not shown here" in text
+    assert "Not shown here" not in written
+    for title in (
+        "Details: baseline",
+        "Details: EAGLE3 K=4",
+        "Speedup of EAGLE3 K=2 over the base",
+    ):
+        assert title in text.split("Not shown here")[1]
+        assert f"## {title}" in written
+    assert "As published" not in text
+    assert "Speedup over baseline" in text
+
+
+def test_weights_are_shared_and_stay_what_they_were() -> None:
+    shared = Resamples()
+    for seed in range(6):
+        sizes = [5, 1, 9, 3] if seed % 2 else [4, 4, 2]
+        category = np.repeat(np.arange(len(sizes)), sizes)
+        np.random.default_rng(seed).shuffle(category)
+        assert (shared.weights(category) == stats.bootstrap_weights(category)).all()
 
 
 # --- dependencies ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speedbench.datasets
-from speedbench import cli
+from speedbench import cli, cli_base
 from speedbench.cli_build import select_command
 from speedbench.config import RunConfig
 from speedbench.datasets import embed as embedding
@@ -306,11 +306,11 @@ def test_data_says_how_a_split_was_built_while_its_rows_are_those(
 ) -> None:
     rows = pool_rows({"a": 6})
     out = run(tmp_path, rows, vectors(6, 4, 1), "--per_category", "2")
-    assert cli.main(["data", str(out)]) == cli.OK
+    assert cli.main(["data", str(out)]) == cli_base.OK
     assert "built as" in capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
     (out / "report.json").write_text(json.dumps({**report, "sha256": "0" * 64}))
-    assert cli.main(["data", str(out)]) == cli.OK
+    assert cli.main(["data", str(out)]) == cli_base.OK
     assert "not from `speedbench prepare`" in capsys.readouterr().out
 
 

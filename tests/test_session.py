@@ -347,7 +347,8 @@ def test_shards_are_the_whole_and_are_reported_as_one(
     assert main(["report", str(parts[1])]) == 0
     assert "10/10" in capsys.readouterr().out  # of its own share
     assert main(["report", "--merge", *map(str, parts), "--format", "json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    (arm,) = json.loads(capsys.readouterr().out)["arms"]
+    (found,) = arm["runs"]
     assert (found["n_conversations"], found["n_steps"], found["status"]) == (31, 31 * 6, "complete")
     (category,) = found["acceptance"]["by_category"]
     assert (category["n_complete"], category["n_expected"]) == (31, 31)
@@ -404,9 +405,13 @@ def test_a_merged_run_is_an_arm_like_any_other(
     arms = [["--merge", *(str(tmp_path / f"{arm}{r}") for r in "01")] for arm in ("spec", "base")]
     assert main(["report", *arms[0], *arms[1], "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["speedup"]["user_tps"]["n_pairs"] == 31
-    assert found["baseline"]["draft_length"] == 0
-    assert found["speedup"]["system"]["value"] is None
+    ((compared,),) = [one["arms"] for one in found["comparisons"]]
+    assert compared["overall"]["n_pairs"] == 31
+    assert {arm["label"]: arm["is_baseline"] for arm in found["arms"]} == {
+        "DRAFT_TARGET K=3": False,
+        "baseline": True,
+    }
+    assert compared["output_tps"]["value"] is None
 
 
 def test_a_shard_without_rows_is_refused(

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from speedbench import cli, session, store
+from speedbench import cli, cli_base, session, store
 from speedbench.config import from_dict
 from speedbench.datasets import tokens
 from speedbench.types import UserError
@@ -35,7 +35,7 @@ def made(models: Path, single: Path, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("tokens") / "F.parquet"
     argv = ["data", "tokens", "--model_dir", str(models / "word/target"), "--dataset", "jsonl",
             "--dataset_path", str(single), "--out", str(out)]  # fmt: skip
-    assert cli.main(argv) == cli.OK
+    assert cli.main(argv) == cli_base.OK
     return out
 
 
@@ -76,7 +76,7 @@ def test_turns_that_depend_on_replies_are_refused(
 ) -> None:
     argv = ["data", "tokens", "--model_dir", str(models / "word/target"), "--dataset",
             "calibration", "--out", str(tmp_path / "F.parquet")]  # fmt: skip
-    assert cli.main(argv) == cli.USAGE
+    assert cli.main(argv) == cli_base.USAGE
     assert "22 conversation(s)" in capsys.readouterr().err
     assert not (tmp_path / "F.parquet").exists()
 
@@ -92,7 +92,7 @@ def test_turns_that_depend_on_replies_are_refused(
 def test_flags_of_the_encoding_are_refused(
     made: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
 ) -> None:
-    assert cli.main(["run", "--engine", "NULL", "--prompts", str(made), *flags]) == cli.USAGE
+    assert cli.main(["run", "--engine", "NULL", "--prompts", str(made), *flags]) == cli_base.USAGE
     assert words in capsys.readouterr().err
 
 
@@ -126,6 +126,6 @@ def test_an_existing_file_is_not_replaced(
     before = made.read_bytes()
     argv = ["data", "tokens", "--model_dir", str(models / "word/target"), "--dataset", "jsonl",
             "--dataset_path", str(single), "--out", str(made)]  # fmt: skip
-    assert cli.main(argv) == cli.USAGE
+    assert cli.main(argv) == cli_base.USAGE
     assert "choose another --out" in capsys.readouterr().err
     assert made.read_bytes() == before

@@ -17,7 +17,9 @@ status=0
 begin() {
     cd "$SPEEDBENCH" || exit 2
     flags=("$@" --save_dir "$RUN_DIR")
-    if [ -f "$RUN_DIR/manifest.json" ]; then
+    # A folder tells whether something was begun in it; of a URL, that the job was started before.
+    if [ -f "$RUN_DIR/manifest.json" ] || [ -f "$RUN_DIR/sweep.json" ] ||
+        [[ $RUN_DIR == *://* && ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then
         flags+=(--resume)
     fi
     # shellcheck disable=SC2034 # the scripts use it

@@ -1,47 +1,59 @@
-"""JSON: a report for programs, at full precision; strict, so every parser reads it."""
+"""JSON: a report for programs, at full precision; strict, so every parser reads it.
+
+Its schema is docs/report_schema.json, and docs/report_schema.md in words.
+
+History
+  speedbench.report/1  one run; a pair of runs was `speedbench.pair/1`
+  speedbench.report/2  any number of runs, by arm, and what compares them
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from speedbench.checks import Check
+from speedbench.lossless import Greedy, Losslessness
+from speedbench.report.arms import Arm
 from speedbench.report.blocks import clean
 from speedbench.report.layout import DISTRIBUTIONS, title
-from speedbench.report.pair import PairSummary, significant
+from speedbench.report.sample import Sample
 from speedbench.report.summary import DEFINITIONS, Figure, Summary
 
-SCHEMA = "speedbench.report/1"
-SCHEMA_PAIR = "speedbench.pair/1"
+if TYPE_CHECKING:
+    from speedbench.report.found import Found
+
+SCHEMA = "speedbench.report/2"
+
+
+def report(found: Found) -> dict[str, Any]:
+    """The report of arms as plain values (no NaN, no infinity, no control characters)."""
+    return _object(
+        {
+            "schema": SCHEMA,
+            "arms": [
+                {
+                    "label": one.arm.label,
+                    "is_baseline": one.arm.is_baseline,
+                    "runs": [_run(summary) for summary in one.runs],
+                    "pooled": _pooled(one.whole) if len(one.runs) > 1 else None,
+                }
+                for one in found.told
+            ],
+            "comparisons": [_mirror(one) for one in found.compared.comparisons],
+            "not_compared": dict(found.compared.not_compared),
+            "lossless": {label: _lossless(one) for label, one in found.lossless.items()},
+            "sweep": _mirror(found.sweep),
+            "insights": _mirror(found.insights),
+        }
+    )
 
 
 def render(summary: Summary) -> dict[str, Any]:
-    """The report of one run as plain values (no NaN, no infinity, no control characters)."""
+    """One run as plain values: what stands in `arms[].runs[]` of a report."""
     return _object({"schema": SCHEMA, **_run(summary)})
-
-
-def render_pair(pair: PairSummary) -> dict[str, Any]:
-    """The report of a baseline and a speculative run as plain values."""
-    return _object(
-        {
-            "schema": SCHEMA_PAIR,
-            "checks": _checks(pair.checks),
-            "speedup": {
-                "user_tps": _speedup(pair.overall, sum(pair.n_pairs.values())),
-                "by_category": [
-                    {"name": name, **_speedup(figure, pair.n_pairs[name])}
-                    for name, figure in pair.by_category.items()
-                ],
-                "system": _figure(pair.system),
-                "n_baseline_only": pair.n_base_only,
-                "n_speculative_only": pair.n_spec_only,
-                "n_untimed": pair.n_untimed,
-            },
-            "baseline": _run(pair.base),
-            "speculative": _run(pair.spec),
-        }
-    )
 
 
 def _run(summary: Summary) -> dict[str, Any]:
@@ -58,11 +70,7 @@ def _run(summary: Summary) -> dict[str, Any]:
         "n_steps": summary.n_steps,
         "n_output_tokens": summary.n_output_tokens,
         "acceptance": _acceptance(summary),
-        "as_published": {
-            "histogram": _histogram(summary.published_histogram),
-            "conditional_rates": _figures(summary.published_rates),
-            "al_token_weighted": _figure(summary.published_al_step),
-        },
+        "as_published": _published(summary),
         "output_tps": {
             "whole": _figure(summary.output_tps),
             "steady": {
@@ -75,7 +83,30 @@ def _run(summary: Summary) -> dict[str, Any]:
             name: found or {"n": 0, "why_not": DISTRIBUTIONS[name][2]}
             for name, found in summary.timing.items()
         },
+        "curves": _mirror(summary.curves),
         "manifest": summary.manifest,
+    }
+
+
+def _lossless(found: Losslessness) -> dict[str, Any]:
+    method = "identical" if isinstance(found, Greedy) else "two-sample"
+    return {"method": method, **_mirror(found)}
+
+
+def _pooled(whole: Summary) -> dict[str, Any]:
+    """Repeats together: what steps tell, and nothing of time."""
+    return {
+        "n_conversations": whole.n_conversations,
+        "acceptance": _acceptance(whole),
+        "as_published": _published(whole),
+    }
+
+
+def _published(summary: Summary) -> dict[str, Any]:
+    return {
+        "histogram": _histogram(summary.published_histogram),
+        "conditional_rates": _figures(summary.published_rates),
+        "al_token_weighted": _figure(summary.published_al_step),
     }
 
 
@@ -114,12 +145,32 @@ def _figure(figure: Figure) -> dict[str, Any]:
     return {"value": figure.value, "interval": interval, "why_not": figure.why_not}
 
 
+def _mirror(value: Any) -> Any:
+    """A tree of dataclasses as plain values, under the names of their fields; an arm is its label.
+
+    What is not shown (private fields) is left out.
+    """
+    if isinstance(value, Figure):
+        return _figure(value)
+    if isinstance(value, (Arm, Sample)):
+        return value.label
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _mirror(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if not field.name.startswith("_")
+        }
+    if isinstance(value, Mapping):
+        return {str(name): _mirror(inner) for name, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_mirror(inner) for inner in value)
+    if isinstance(value, (list, tuple)):
+        return [_mirror(inner) for inner in value]
+    return value
+
+
 def _figures(figures: Sequence[Figure]) -> list[dict[str, Any]]:
     return [_figure(figure) for figure in figures]
-
-
-def _speedup(figure: Figure, n_pairs: int) -> dict[str, Any]:
-    return {**_figure(figure), "n_pairs": n_pairs, "significant": significant(figure)}
 
 
 def _histogram(counts: Iterable[int]) -> dict[str, int]:

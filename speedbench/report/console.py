@@ -13,15 +13,17 @@ from rich.text import Text
 from speedbench.report import layout
 from speedbench.report.blocks import (
     Block,
+    Chart,
     Column,
     Facts,
     Heading,
     Paragraph,
+    Section,
     Table,
     Verbatim,
+    as_text,
     clean,
 )
-from speedbench.report.pair import PairSummary
 from speedbench.report.summary import Summary
 
 STYLES = {"plain": "", "error": "bold red", "warning": "yellow", "note": "dim"}
@@ -34,21 +36,17 @@ ROOMY, COMPACT, DENSE = range(3)
 
 def render(summary: Summary, console: Console) -> None:
     """Print the report of one run."""
-    _draw(layout.of_run(summary), console)
+    draw(layout.of_run(summary), console)
 
 
-def render_pair(pair: PairSummary, console: Console) -> None:
-    """Print the report of a baseline and a speculative run."""
-    _draw(layout.of_pair(pair), console)
-
-
-def _draw(blocks: Iterable[Block], console: Console) -> None:
-    for block in blocks:
+def draw(blocks: Iterable[Block], console: Console) -> None:
+    """Print any report; its long parts are only named."""
+    for block in as_text(blocks, brief=True):
         match block:
             case Heading(text, level):
-                if level == 2:
+                if level > 1:
                     console.print()
-                console.print(Text(clean(text), "bold"))
+                console.print(Text(clean(text), "bold" if level < 3 else "italic"))
             case Paragraph(text, style):
                 console.print(Text(clean(text), STYLES[style]))
             case Verbatim(lines):
@@ -57,7 +55,11 @@ def _draw(blocks: Iterable[Block], console: Console) -> None:
             case Facts():
                 console.print(_facts(block))
             case Table():
+                if block.caption:
+                    console.print(Text(clean(block.caption), "italic"))
                 _draw_table(block, console)
+            case Chart() | Section():
+                raise AssertionError("as_text leaves none")
 
 
 def _facts(facts: Facts) -> RichTable:

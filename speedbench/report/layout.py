@@ -10,18 +10,20 @@ from typing import Any, Literal
 
 from speedbench import presets
 from speedbench.checks import Check
+from speedbench.report import layout_charts
 from speedbench.report.blocks import (
     Block,
     Column,
     Facts,
     Heading,
     Paragraph,
+    Section,
     Table,
     Verbatim,
     clean,
 )
-from speedbench.report.pair import PairSummary, significant
-from speedbench.report.summary import DEFINITIONS, Figure, Summary
+from speedbench.report.definitions import DEFINITIONS
+from speedbench.report.summary import Figure, Summary
 from speedbench.store import n_replicas_of
 
 NOT_A_MEASUREMENT = "SIMULATED: the engine made everything up; nothing here is a measurement."
@@ -37,35 +39,36 @@ def of_run(summary: Summary) -> Iterator[Block]:
     yield Heading(f"speedbench: {title(summary)}", 1)
     if summary.manifest["engine"].get("simulated"):
         yield Paragraph(NOT_A_MEASUREMENT, "error")
-    yield Paragraph(_totals(summary))
-    yield from _checks([("", summary.checks)])
-    yield from _acceptance(summary, _category_table(summary))
+    yield Paragraph(totals(summary))
+    yield from checks([("", summary.checks)])
+    yield provenance({"": summary})
+    yield from acceptance(summary)
+    yield from timing(summary)
+
+
+def timing(summary: Summary, prefix: str = "") -> Iterator[Block]:
+    """All about time, of one run."""
     yield Heading("Timing")
     yield _throughput(summary)
     yield _distributions(summary)
-    yield Heading("Provenance")
-    yield _provenance(summary)
+    yield from layout_charts.of_timing(summary, prefix)
+    if summary.curves.timeline is None:
+        yield Paragraph(f"Nothing is drawn over time: {summary.curves.why_no_timeline}.", "note")
 
 
-def of_pair(pair: PairSummary) -> Iterator[Block]:
-    """The report of a baseline and a speculative run: the second one's, with the speedup."""
-    arms = (("baseline", pair.base), ("speculative", pair.spec))
-    yield Heading("speedbench: speedup over the baseline", 1)
-    yield Facts(tuple((name, title(arm), "plain") for name, arm in arms))
-    if any(arm.manifest["engine"].get("simulated") for _, arm in arms):
-        yield Paragraph(NOT_A_MEASUREMENT, "error")
-    yield from _checks([("", pair.checks), *((name, arm.checks) for name, arm in arms)])
-    yield Heading("Speedup")
-    yield _speedups(pair)
-    yield from _acceptance(pair.spec, _category_table(pair.spec, pair))
-    yield Heading("Timing")
-    yield _throughputs(pair)
-    for name, arm in arms:
-        yield Paragraph(f"{name.capitalize()}:")
-        yield _distributions(arm)
-    for name, arm in arms:
-        yield Heading(f"Provenance: {name}")
-        yield _provenance(arm)
+def provenance(runs: Mapping[str, Summary]) -> Section:
+    """Where the numbers come from: inputs, engine, machine, command; of several runs, what they
+    share is told once."""
+    each = {name: _provenance(run).items for name, run in runs.items()}
+    if len(each) == 1:
+        return Section("Provenance", tuple(Facts(items) for items in each.values()))
+    first, *others = (set(items) for items in each.values())
+    shared = first.intersection(*others)
+    blocks: list[Block] = [Heading("All runs")]
+    blocks.append(Facts(tuple(item for item in next(iter(each.values())) if item in shared)))
+    for name, items in each.items():
+        blocks += [Heading(name), Facts(tuple(item for item in items if item not in shared))]
+    return Section("Provenance", tuple(blocks))
 
 
 def title(summary: Summary) -> str:
@@ -97,7 +100,7 @@ def _base_name(path: str | None) -> str:
     return PurePath(path).name if path else "none"
 
 
-def _totals(summary: Summary) -> str:
+def totals(summary: Summary) -> str:
     text = (
         f"{summary.n_steps} steps and {summary.n_output_tokens} tokens of {summary.n_requests} "
         f"requests in {summary.n_conversations + summary.n_failed} conversations were recorded"
@@ -107,28 +110,33 @@ def _totals(summary: Summary) -> str:
     return text + "."
 
 
-def _checks(groups: Sequence[tuple[str, Sequence[Check]]]) -> Iterator[Block]:
+def checks(groups: Sequence[tuple[str, Sequence[Check]]]) -> Iterator[Block]:
     """Errors first; a sentence that several groups share is told once."""
-    whose: dict[Check, list[str]] = {}
-    for name, checks in groups:
-        for check in checks:
-            whose.setdefault(check, []).append(name)
+    whose: dict[Check, dict[str, None]] = {}
+    for name, found in groups:
+        for check in found:
+            whose.setdefault(check, {})[name] = None
     order: tuple[Literal["error", "warning", "note"], ...] = ("error", "warning", "note")
     words = {"error": "ERROR", "warning": "WARNING", "note": "note"}
     items = []
     for level in order:
         for check, names in whose.items():
             if check.level == level:
-                arms = " and ".join(name for name in names if name)
+                arms = _listed([name for name in names if name])
                 sentence = f"{arms}: {check.sentence}" if arms else check.sentence
                 items.append((words[level], sentence, level))
     yield Facts(tuple(items)) if items else Paragraph("Every check passed.")
 
 
+def _listed(names: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 # ---------------------------------------------------------------- cells
 
 
-class _Cells:
+class Cells:
     """Makes cells of figures, and footnotes of the reasons why some have no number."""
 
     def __init__(self) -> None:
@@ -183,7 +191,10 @@ def sentence(figure: Figure, unit: str = "") -> str:
 # ---------------------------------------------------------------- acceptance
 
 
-def _acceptance(summary: Summary, categories: Table) -> Iterator[Block]:
+def acceptance(summary: Summary, prefix: str = "") -> Iterator[Block]:
+    """All about accepted tokens; the ids of its figures begin with `prefix`."""
+    categories = _category_table(summary)
+    charts = layout_charts.of_acceptance(summary, prefix)
     if summary.draft_length == 0:
         yield Heading("Acceptance Rate Results")
         yield Paragraph("AL = 1 by definition: nothing was drafted.")
@@ -192,14 +203,20 @@ def _acceptance(summary: Summary, categories: Table) -> Iterator[Block]:
     yield Heading("Acceptance Length Histogram")
     yield Verbatim((_histogram(summary.histogram),))
     yield Paragraph(_steps(summary))
+    if "histogram" in charts:
+        yield charts["histogram"]
     yield Heading("Conditional acceptance rate")
     yield Paragraph(
         f"Over {summary.rates_over}. Position k: the k-th draft token, where one was "
         "drafted, given that those before it were accepted; joint: all of the first k."
     )
     yield _rate_table(summary)
+    if "rates" in charts:
+        yield charts["rates"]
     yield Heading("Acceptance Rate Results")
     yield categories
+    if "categories" in charts:
+        yield charts["categories"]
     if (preset := summary.manifest["config"].get("preset")) is not None:
         interval = summary.lengths["al"].interval
         yield Paragraph(presets.sentence(preset, summary.n_conversations, interval))
@@ -229,7 +246,7 @@ def _steps(summary: Summary) -> str:
 
 
 def _rate_table(summary: Summary) -> Table:
-    cells = _Cells()
+    cells = Cells()
     rows = []
     for k, (rate, joint) in enumerate(zip(summary.rates, summary.joint, strict=True), 1):
         rate_at, joint_at = f"position {k}", f"joint rate {k}"
@@ -246,29 +263,19 @@ def _rate_table(summary: Summary) -> Table:
     return Table(tuple(Column(h) for h in headers), tuple(rows), cells.notes())
 
 
-def _category_table(summary: Summary, pair: PairSummary | None = None) -> Table:
-    """The published table, with completeness, intervals, closed form and speedup."""
-    cells = _Cells()
+def _category_table(summary: Summary) -> Table:
+    """The published table, with completeness, intervals and closed form."""
+    cells = Cells()
     baseline = summary.draft_length == 0
     known = any(row.expected_al is not None for row in summary.categories)
-    columns = [Column("Category", words=True), Column("n/n")]
-    columns.append(Column("Average\nAL" if pair else "Average AL"))
+    columns = [Column("Category", words=True), Column("n/n"), Column("Average AL")]
     columns += [] if baseline else [Column("95 % interval")]
     columns += [Column("Closed\nform")] if known else []
-    columns += [Column("Speedup"), Column("95 % interval")] if pair else []
 
-    def row(
-        name: str, complete: str, al: Figure, closed: float | None, speedup: Figure | None
-    ) -> tuple[str, ...]:
+    def row(name: str, complete: str, al: Figure, closed: float | None) -> tuple[str, ...]:
         made = [name, complete, cells.value(name, al)]
         made += [] if baseline else [cells.interval(name, al)]
         made += [cells.plain(f"closed form, {name}", closed, "not computed")] if known else []
-        if speedup is not None:
-            mark = f" {NOT_SIGNIFICANT}" if significant(speedup) is False else ""
-            made += [
-                cells.value(f"speedup, {name}", speedup) + mark,
-                cells.interval(f"speedup, {name}", speedup),
-            ]
         return tuple(made)
 
     rows = [
@@ -277,22 +284,18 @@ def _category_table(summary: Summary, pair: PairSummary | None = None) -> Table:
             f"{category.n_complete}/{category.n_expected}",
             category.lengths["al"],
             category.expected_al,
-            pair.by_category[category.name] if pair else None,
         )
         for category in summary.categories
     ]
     n_complete = sum(category.n_complete for category in summary.categories)
     n_expected = sum(category.n_expected for category in summary.categories)
-    complete, al = f"{n_complete}/{n_expected}", summary.lengths["al"]
-    speedup = pair.overall if pair else None
-    rows.append(row("Overall Average", complete, al, summary.expected_al, speedup))
-    marked = any(cell.endswith(f" {NOT_SIGNIFICANT}") for row in rows for cell in row[1:])
-    legend = [f"{NOT_SIGNIFICANT}: not significant, the interval contains 1"] if marked else []
-    return Table(tuple(columns), tuple(rows), (*cells.notes(), *legend), total=True)
+    complete = f"{n_complete}/{n_expected}"
+    rows.append(row("Overall Average", complete, summary.lengths["al"], summary.expected_al))
+    return Table(tuple(columns), tuple(rows), cells.notes(), total=True)
 
 
 def _length_table(summary: Summary) -> Table:
-    cells = _Cells()
+    cells = Cells()
     rows = tuple(
         (
             f"{name} (primary)" if name == "al" else name,
@@ -310,7 +313,7 @@ def _length_table(summary: Summary) -> Table:
 
 def _length_by_category_table(summary: Summary) -> Table:
     """Those acceptance lengths that differ within a category (`al_step` does not from `al`)."""
-    cells = _Cells()
+    cells = Cells()
     names = ("al", "al_conversation", "al_drafted", "al_specdec_bench")
 
     def row(label: str, lengths: Mapping[str, Figure]) -> tuple[str, ...]:
@@ -389,39 +392,9 @@ def _rates(summary: Summary) -> tuple[tuple[str, Figure, str], ...]:
     )
 
 
-def _throughputs(pair: PairSummary) -> Table:
-    cells = _Cells()
-    rows = []
-    for mine, theirs in zip(_rates(pair.base), _rates(pair.spec), strict=True):
-        name = f"{mine[0]} (tokens/s)"
-        ratio = (
-            Figure(theirs[1].value / mine[1].value)
-            if mine[1].value and theirs[1].value is not None
-            else Figure(None, why_not="one arm has no number")
-        )
-        rows.append(
-            (
-                name,
-                cells.value(f"{mine[0]}, baseline", mine[1]),
-                cells.value(f"{mine[0]}, speculative", theirs[1]),
-                cells.value(f"{mine[0]}, ratio", ratio),
-            )
-        )
-    headers = ("", "Baseline", "Speculative", "Ratio")
-    seconds = [
-        "n/a" if s is None else f"{s:.1f} s"
-        for s in (pair.base.steady_duration_s, pair.spec.steady_duration_s)
-    ]
-    note = (
-        "steady: while all slots were filled, for "
-        f"{seconds[0]} (baseline) and {seconds[1]} (speculative)"
-    )
-    return Table(tuple(Column(h) for h in headers), tuple(rows), (*cells.notes(), note))
-
-
 def _distributions(summary: Summary) -> Table:
     """A column for each distribution, so that no number is cut on a narrow terminal."""
-    cells = _Cells()
+    cells = Cells()
     shown = [(summary.timing[name], *about) for name, about in DISTRIBUTIONS.items()]
     rows = [("n", *(f"{found['n']:.0f}" if found else "0" for found, *_ in shown))]
     for key, label in STATISTICS.items():
@@ -438,42 +411,6 @@ def _distributions(summary: Summary) -> Table:
         rows.append(tuple(row))
     columns = (Column(""), *(Column(header) for _, header, *_ in shown))
     return Table(columns, tuple(rows), cells.notes())
-
-
-# ---------------------------------------------------------------- speedup
-
-
-BETWEEN_RUNS = (
-    "say how much depends on the choice of conversations. How much the next run of the same arms "
-    "would differ is not in them: repeat both arms, on a quiet machine, before claiming a speedup."
-)
-
-
-def _speedups(pair: PairSummary) -> Facts:
-    n = sum(pair.n_pairs.values())
-    n_categories = sum(count > 0 for count in pair.n_pairs.values())
-    text = sentence(pair.overall)
-    if pair.overall.value is not None:
-        if significant(pair.overall) is False:
-            text += ", NOT SIGNIFICANT: the interval contains 1"
-        elif pair.overall.interval is None:
-            text += f", without an interval: {pair.overall.why_not}"
-        text += f". Geometric mean of the ratio of user TPS over {n} paired conversations" + (
-            f", within and then over {n_categories} categories" if n_categories > 1 else ""
-        )
-    left_out = pair.n_base_only + pair.n_spec_only + pair.n_untimed + pair.n_other
-    if left_out:
-        text += f"; {left_out} conversations are left out"
-    system = sentence(pair.system)
-    if pair.system.value is not None:
-        system += ": ratio of steady output TPS, one run of each arm and hence no interval"
-    return Facts(
-        (
-            ("User TPS", f"{text}.", "plain"),
-            ("System", f"{system}.", "plain"),
-            ("Intervals", BETWEEN_RUNS, "plain"),
-        )
-    )
 
 
 # ---------------------------------------------------------------- provenance

@@ -6,8 +6,18 @@ import re
 from collections.abc import Iterable, Iterator
 
 from speedbench.report import layout
-from speedbench.report.blocks import Block, Facts, Heading, Paragraph, Table, Verbatim, clean
-from speedbench.report.pair import PairSummary
+from speedbench.report.blocks import (
+    Block,
+    Chart,
+    Facts,
+    Heading,
+    Paragraph,
+    Section,
+    Table,
+    Verbatim,
+    as_text,
+    clean,
+)
 from speedbench.report.summary import Summary
 
 _SPECIAL = re.compile(r"[\\`*|\[\]~#@]|(?<![^\W_])_|_(?![^\W_])")
@@ -16,16 +26,12 @@ _SPECIAL = re.compile(r"[\\`*|\[\]~#@]|(?<![^\W_])_|_(?![^\W_])")
 
 def render(summary: Summary) -> str:
     """The report of one run."""
-    return _join(layout.of_run(summary))
+    return write(layout.of_run(summary))
 
 
-def render_pair(pair: PairSummary) -> str:
-    """The report of a baseline and a speculative run."""
-    return _join(layout.of_pair(pair))
-
-
-def _join(blocks: Iterable[Block]) -> str:
-    return "\n\n".join("\n".join(_lines(block)) for block in blocks) + "\n"
+def write(blocks: Iterable[Block]) -> str:
+    """Any report."""
+    return "\n\n".join("\n".join(_lines(block)) for block in as_text(blocks)) + "\n"
 
 
 def _lines(block: Block) -> Iterator[str]:
@@ -38,8 +44,12 @@ def _lines(block: Block) -> Iterator[str]:
             yield from ("```", *(clean(line).replace("```", "") for line in lines), "```")
         case Facts(items):
             yield from (f"- **{escape(label)}** {escape(text)}" for label, text, _ in items)
-        case Table():
+        case Table(caption=caption):
+            if caption:
+                yield from (f"*{escape(caption)}*", "")
             yield from _table(block)
+        case Chart() | Section():
+            raise AssertionError("as_text leaves none")
 
 
 def _table(table: Table) -> Iterator[str]:

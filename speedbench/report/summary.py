@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from speedbench import metrics, stats
 from speedbench.checks import Check, all_checks, counted
-from speedbench.columns import Floats
+from speedbench.columns import Floats, Ints
+from speedbench.report.curves import N_POINTS, Curves, Timeline, distribution, timeline
+from speedbench.report.definitions import DEFINITIONS
+from speedbench.report.pooled import pooled
 from speedbench.store import Run, expected_conversations
 
-DEFINITIONS: Mapping[str, str] = {
-    "al": "decode steps, cut-off steps censored (Kaplan-Meier); steps equal within a category, "
-    "then the mean over categories",
-    "al_step": "decode steps, cut-off steps censored (Kaplan-Meier); every step equal",
-    "al_conversation": "uncut decode steps; mean per conversation, per category, over categories",
-    "al_drafted": "verify steps only (a draft was checked); every step equal",
-    "al_specdec_bench": "all steps as they look, prefill included; mean per conversation, then "
-    "over conversations: the published SPEED-Bench console number, with EOS as a token",
-    "al_engine": "the engine's own counters: 1 + accepted / drafts",
-}
+__all__ = (
+    "DEFINITIONS",
+    "CategoryRow",
+    "Figure",
+    "Resamples",
+    "Summary",
+    "summarize",
+    "summarize_repeats",
+    "throughput",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,29 +86,64 @@ class Summary:
     output_tps_steady: Figure
     steady_duration_s: float | None
     output_tps_per_gpu: Figure
+    curves: Curves
     expected_al: float | None
 
 
-def summarize(run: Run) -> Summary:
-    """Compute every number from the run's records alone."""
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    """The fields of a Summary that are told by steps and their lengths alone."""
+
+    kinds: Mapping[str, int]
+    categories: tuple[CategoryRow, ...]
+    lengths: Mapping[str, Figure]
+    histogram: tuple[int, ...]
+    n_censored: int
+    rates: tuple[Figure, ...]
+    joint: tuple[Figure, ...]
+    rates_over: str
+    draft_hit_rate: Figure
+    published_histogram: tuple[int, ...]
+    published_rates: tuple[Figure, ...]
+    published_al_step: Figure
+
+
+class Resamples:
+    """Bootstrap weights, drawn once for all runs of the same rows: drawing is what takes longest.
+
+    What is drawn depends on how many conversations each category has, not on the order in which a
+    run ended them.
+    """
+
+    def __init__(self) -> None:
+        self._sorted = np.zeros(0, np.int64)
+        self._weights = np.zeros((0, 0))
+
+    def weights(self, category: Ints) -> Floats:
+        """`stats.bootstrap_weights` (B, C) of conversations of these categories (C,)."""
+        order = np.argsort(category, kind="stable")
+        if not np.array_equal(category[order], self._sorted):
+            self._sorted = category[order]
+            self._weights = stats.bootstrap_weights(self._sorted)
+        return self._weights[:, np.argsort(order)]
+
+
+def summarize(run: Run, resamples: Resamples | None = None) -> Summary:
+    """Compute every number from the run's records alone; `resamples` may be shared by several."""
     manifest, columns = run.manifest, run.columns
     k = int(manifest["engine"]["draft_length"])
     counts = counted(run)
-    once = metrics.acceptance_lengths(counts, np.ones((1, len(counts.category))))
-    weights = stats.bootstrap_weights(counts.category)
-    resampled = metrics.acceptance_lengths(counts, weights)
+    found = _accepted(
+        counts,
+        columns.categories,
+        expected_conversations(run),
+        manifest,
+        _engine_length([manifest]),
+        resamples or Resamples(),
+    )
     timing = metrics.timing(columns, k)
-    whole = counts.whole_offered if counts.told_apart else counts.whole
-    cut = counts.cut_offered if counts.told_apart else counts.cut
-    of_lengths = _pooled_spread(counts, columns.categories, 1, k + 1)
-    of_rates = _pooled_spread(counts, columns.categories, 0, 1)
-    categories = _categories(run, counts, once, resampled)
-    rates = metrics.conditional_rates(whole.sum(axis=0), cut.sum(axis=0))
-    rate_samples = metrics.conditional_rates(weights @ whole, weights @ cut)
-    joint = metrics.joint_rates(rates)
-    output, steady, per_gpu = _throughput(run)
-    published = counts.as_published
-    n_published = int(published.sum())
+    output, steady, per_gpu = throughput(run)
+    why_no_timeline, over_time = _timeline(run)
     return Summary(
         run_dir=str(run.directory),
         manifest=manifest,
@@ -115,6 +154,117 @@ def summarize(run: Run) -> Summary:
         n_requests=columns.n_requests,
         n_steps=len(columns.step),
         n_output_tokens=int(columns.n_tokens.sum()),
+        kinds=found.kinds,
+        categories=found.categories,
+        lengths=found.lengths,
+        histogram=found.histogram,
+        n_censored=found.n_censored,
+        rates=found.rates,
+        joint=found.joint,
+        rates_over=found.rates_over,
+        draft_hit_rate=found.draft_hit_rate,
+        published_histogram=found.published_histogram,
+        published_rates=found.published_rates,
+        published_al_step=found.published_al_step,
+        timing={
+            "ttft_s": metrics.describe(timing.ttft_s),
+            "step_time_s": metrics.describe(timing.step_time_s),
+            "e2e_s": metrics.describe(timing.e2e_s),
+            "user_tps": metrics.describe(timing.user_tps),
+            "output_tokens": metrics.describe(timing.n_output_tokens),
+        },
+        output_tps=output,
+        output_tps_steady=steady[0],
+        steady_duration_s=steady[1],
+        output_tps_per_gpu=per_gpu,
+        curves=Curves(
+            distribution(timing.step_time_s),
+            distribution(timing.ttft_s),
+            over_time,
+            why_no_timeline,
+        ),
+        expected_al=_expected(manifest).get("overall"),
+    )
+
+
+def summarize_repeats(
+    runs: Sequence[Run], each: Sequence[Summary], resamples: Resamples | None = None
+) -> Summary:
+    """Repeats of one arm as one: acceptance over the steps of all, a conversation's repeats kept
+    together; what time decides is told run by run, in `each`, and has no number here."""
+    if len(runs) == 1:
+        return each[0]
+    counts, categories = pooled(runs)
+    expected: Counter[str] = Counter()
+    for run in runs:
+        expected |= expected_conversations(run)
+    manifests = [run.manifest for run in runs]
+    found = _accepted(
+        counts,
+        categories,
+        expected,
+        manifests[0],
+        _engine_length(manifests),
+        resamples or Resamples(),
+    )
+    apart = Figure(None, why_not="throughput is told run by run")
+    return replace(
+        each[0],
+        run_dir=", ".join(summary.run_dir for summary in each),
+        checks=tuple(dict.fromkeys(check for summary in each for check in summary.checks)),
+        n_conversations=len(counts.category),
+        n_failed=sum(summary.n_failed for summary in each),
+        n_requests=sum(summary.n_requests for summary in each),
+        n_steps=sum(summary.n_steps for summary in each),
+        n_output_tokens=sum(summary.n_output_tokens for summary in each),
+        kinds=found.kinds,
+        categories=found.categories,
+        lengths=found.lengths,
+        histogram=found.histogram,
+        n_censored=found.n_censored,
+        rates=found.rates,
+        joint=found.joint,
+        rates_over=found.rates_over,
+        draft_hit_rate=found.draft_hit_rate,
+        published_histogram=found.published_histogram,
+        published_rates=found.published_rates,
+        published_al_step=found.published_al_step,
+        timing=dict.fromkeys(each[0].timing),
+        output_tps=apart,
+        output_tps_steady=apart,
+        steady_duration_s=None,
+        output_tps_per_gpu=apart,
+        curves=Curves(distribution(np.zeros(0)), distribution(np.zeros(0)), None, apart.why_not),
+    )
+
+
+def _accepted(
+    counts: metrics.Acceptance,
+    names: Sequence[str],
+    expected: Mapping[str, int],
+    manifest: Mapping[str, Any],
+    engine_length: Figure,
+    resamples: Resamples,
+) -> _Accepted:
+    """Everything about acceptance; `expected`: category -> conversations that were to be there."""
+    k = int(manifest["engine"]["draft_length"])
+    once = metrics.acceptance_lengths(counts, np.ones((1, len(counts.category))))
+    weights = resamples.weights(counts.category)
+    resampled = metrics.acceptance_lengths(counts, weights)
+    whole = counts.whole_offered if counts.told_apart else counts.whole
+    cut = counts.cut_offered if counts.told_apart else counts.cut
+    of_lengths = _pooled_spread(counts, names, 1, k + 1)
+    of_rates = _pooled_spread(counts, names, 0, 1)
+    al_bounds = _al_bounds(counts)
+    categories = _categories(
+        names, expected, _expected(manifest), counts, once, resampled, al_bounds
+    )
+    rates = metrics.conditional_rates(whole.sum(axis=0), cut.sum(axis=0))
+    rate_samples = metrics.conditional_rates(weights @ whole, weights @ cut)
+    joint = metrics.joint_rates(rates)
+    published = counts.as_published
+    n_published = int(published.sum())
+    return _Accepted(
         kinds={
             "verify": counts.n_verify,
             "plain": counts.n_plain,
@@ -130,10 +280,11 @@ def summarize(run: Run) -> Summary:
                     resampled[name].overall,
                     _why_overall(counts, name, categories),
                     of_lengths,
+                    al_bounds[-1] if name == "al" else None,
                 )
                 for name in metrics.AL_NAMES
             },
-            "al_engine": _engine_length(manifest),
+            "al_engine": engine_length,
         },
         histogram=tuple(int(n) for n in (counts.whole + counts.cut).sum(axis=0)[1:]),
         n_censored=int(counts.cut.sum()),
@@ -152,18 +303,6 @@ def summarize(run: Run) -> Summary:
         published_al_step=Figure(float(published @ np.arange(len(published))) / n_published)
         if n_published
         else Figure(None, why_not="no steps"),
-        timing={
-            "ttft_s": metrics.describe(timing.ttft_s),
-            "step_time_s": metrics.describe(timing.step_time_s),
-            "e2e_s": metrics.describe(timing.e2e_s),
-            "user_tps": metrics.describe(timing.user_tps),
-            "output_tokens": metrics.describe(timing.n_output_tokens),
-        },
-        output_tps=output,
-        output_tps_steady=steady[0],
-        steady_duration_s=steady[1],
-        output_tps_per_gpu=per_gpu,
-        expected_al=_expected(manifest).get("overall"),
     )
 
 
@@ -186,17 +325,40 @@ class _Spread:
     why_none: str = ""
 
 
-def _figure(value: float, samples: Floats | None, why_not: str, spread: _Spread) -> Figure:
-    """A figure from its estimate and its resamples (B,); `why_not` is why it would be NaN."""
+def _figure(
+    value: float,
+    samples: Floats | None,
+    why_not: str,
+    spread: _Spread,
+    bounds: Floats | None = None,
+) -> Figure:
+    """A figure from its estimate and its resamples (B,), or from `bounds` that are known already;
+    `why_not` is why it would be NaN."""
     if math.isnan(value):
         return Figure(None, why_not=why_not)
     if samples is None or spread.why_none:
         return Figure(float(value), why_not=spread.why_none)
-    bounds = stats.widened(stats.percentile_interval(samples), value, spread.degrees)
+    if bounds is None:
+        bounds = stats.widened(stats.percentile_interval(samples), value, spread.degrees)
     if np.isnan(bounds).any():
         return Figure(float(value), why_not=RARE)
     low, high = np.clip(bounds, min(spread.lowest, value), max(spread.highest, value))
     return Figure(float(value), (float(low), float(high)))
+
+
+def _al_bounds(counts: metrics.Acceptance) -> Floats:
+    """95 % bounds (G + 1, 2) of `al`, by category and over categories, by the jackknife: where
+    conversations are few it holds the truth more often than resamples do (docs/coverage.md)."""
+    rows, width = np.concatenate([counts.whole, counts.cut], axis=1), counts.whole.shape[1]
+
+    def al(sums: Floats | Ints) -> Floats:
+        return metrics.acceptance_length(sums[..., :width], sums[..., width:])
+
+    n = counts.n_categories
+    values, pseudo = stats.of_sums(rows, counts.category, n, al)
+    n_steps = np.asarray(rows.sum(axis=1), float)
+    found = stats.category_means(pseudo, counts.category, n, n_steps).at(values)
+    return stats.with_overall(found, np.bincount(counts.category, minlength=n) > 0).interval()
 
 
 RARE = "too few conversations reach it for an interval"
@@ -246,15 +408,17 @@ def _why_overall(counts: metrics.Acceptance, name: str, categories: Sequence[Cat
 
 
 def _categories(
-    run: Run,
+    names: Sequence[str],
+    expected: Mapping[str, int],
+    known_answer: Mapping[str, Any],
     counts: metrics.Acceptance,
     once: Mapping[str, metrics.AcceptanceLengths],
     resampled: Mapping[str, metrics.AcceptanceLengths],
+    al_bounds: Floats,
 ) -> tuple[CategoryRow, ...]:
-    expected = expected_conversations(run)
-    closed_form = _expected(run.manifest).get("by_category", {})
+    closed_form = known_answer.get("by_category", {})
     rows = []
-    for g, name in enumerate(run.columns.categories):
+    for g, name in enumerate(names):
         members = counts.category == g
         n = int(members.sum())
         whole, cut = counts.whole[members].sum(axis=0), counts.cut[members].sum(axis=0)
@@ -265,7 +429,7 @@ def _categories(
             CategoryRow(
                 name,
                 n,
-                max(expected[name], n),
+                max(expected.get(name, 0), n),
                 n_steps,
                 {
                     al: _figure(
@@ -273,6 +437,7 @@ def _categories(
                         resampled[al].per_category[:, g],
                         _why(counts, al, n_steps) if n else "no conversation was measured",
                         spread,
+                        al_bounds[g] if al == "al" else None,
                     )
                     for al in metrics.AL_NAMES
                 },
@@ -291,9 +456,9 @@ def _hit_rate(counts: metrics.Acceptance) -> Figure:
     return Figure(counts.n_verify / counts.n_decode)
 
 
-def _engine_length(manifest: Mapping[str, Any]) -> Figure:
+def _engine_length(manifests: Sequence[Mapping[str, Any]]) -> Figure:
     drafts = accepted = 0
-    for session in manifest.get("sessions", []):
+    for session in (one for manifest in manifests for one in manifest.get("sessions", [])):
         counters = session.get("counters")
         if counters is None:
             return Figure(None, why_not="the engine's own counters are not stored")
@@ -304,7 +469,7 @@ def _engine_length(manifest: Mapping[str, Any]) -> Figure:
     return Figure(1 + accepted / drafts, why_not="the counters are totals of the run")
 
 
-def _throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
+def throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
     """Output TPS over the whole run, over the steady window (with its seconds), and per GPU."""
     sessions = run.manifest.get("sessions", [])
     numbers = {session["session"] for session in sessions}
@@ -356,6 +521,19 @@ def _why_no_throughput(run: Run, n_sessions: int) -> str:
         return "no step was recorded"
     failed = [s["replica"] for s in sessions if len(sessions) > 1 and s.get("end") != "finished"]
     return f"replica {failed[0]} did not measure its share" if failed else ""
+
+
+def _timeline(run: Run) -> tuple[str, Timeline | None]:
+    """What was in flight over time, and why the records cannot tell ('' if they can)."""
+    sessions = run.manifest.get("sessions", [])
+    numbers = {session["session"] for session in sessions}
+    if why := _why_no_throughput(run, len(numbers)):
+        return why, None
+    spans, why = _spans(run.manifest)
+    if why:
+        return why, None
+    slots = run.manifest["config"]["concurrency"]
+    return "", timeline(run.columns, numbers.pop(), spans, slots, N_POINTS)
 
 
 def _spans(manifest: Mapping[str, Any]) -> tuple[list[metrics.Span], str]:
