@@ -262,6 +262,9 @@ class HfEngine:
     owns_ranks = False
     node_args: Mapping[str, str] = {}
     max_concurrency: int | None = 1
+    samples_as_started = False
+    remembers: Sequence[Algorithm] = ()
+    forgets_prompts = True
     support: Mapping[Algorithm, Support] = {
         "DRAFT_TARGET": Support(
             "real",

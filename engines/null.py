@@ -57,6 +57,9 @@ class NullEngine:
     owns_ranks = False
     node_args: Mapping[str, str] = {}
     max_concurrency: int | None = None
+    samples_as_started = False
+    remembers: Sequence[Algorithm] = ()
+    forgets_prompts = True
     support: Mapping[Algorithm, Support] = {}
     flag_of: Mapping[str, str] = {}
     calibration_args: Mapping[Algorithm, Mapping[str, object]] = {}

@@ -182,6 +182,9 @@ class SglangEngine:
         "address": "dist_init_addr",
     }
     max_concurrency: int | None = None
+    samples_as_started = False
+    remembers: Sequence[Algorithm] = ()
+    forgets_prompts = True
     flag_of: Mapping[str, str] = {
         "model_path": "model_dir",
         "tp_size": "tp_size",

@@ -110,6 +110,9 @@ class TrtllmEngine:
     name = "TRTLLM"
     backend = "pytorch"
     max_concurrency: int | None = None
+    samples_as_started = True  # its sampler is chosen when it starts
+    remembers: Sequence[Algorithm] = ("NGRAM",)  # its pool may be asked to keep earlier requests
+    forgets_prompts = False  # no version offers to empty the blocks that it reuses
     owns_ranks = True  # under mpirun or trtllm-llmapi-launch the other ranks are the engine's
     node_args: Mapping[str, str] = {}
     algorithms: Sequence[Algorithm] = (
@@ -501,6 +504,7 @@ class AutoDeployEngine(TrtllmEngine):
         "max_seq_len": "max_seq_len",
         "trust_remote_code": "trust_remote_code",
     }
+    remembers: Sequence[Algorithm] = ()
     calibration_args: Mapping[Algorithm, Mapping[str, object]] = {}
 
 

@@ -151,6 +151,9 @@ class VllmEngine:
         "port": "master_port",
     }
     max_concurrency: int | None = None
+    samples_as_started = False
+    remembers: Sequence[Algorithm] = ("SUFFIX",)
+    forgets_prompts = True
     support: Mapping[Algorithm, Support] = {
         "NONE": Support("real", SEEN),
         "DRAFT_TARGET": Support("real", SEEN),

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # imported where needed, so that --help answers at once
     from speedbench.datasets.embed import Embeddings
     from speedbench.datasets.selection import CategoryResult
     from speedbench.datasets.split import SplitRow
+    from speedbench.report.blocks import Block
 
 ENTROPY_TOKENS = 1024
 """Tokens of a row that its entropy is estimated on: its beginning tells its kind."""
@@ -40,6 +41,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _say(text: str) -> None:
     print(f"speedbench: {text}", file=sys.stderr, flush=True)
+
+
+def _page(blocks: Iterable[Block]) -> str:
+    from speedbench.report.html import render
+
+    return render(blocks, "speedbench data")
 
 
 def _add_common(parser: Parser, what: str) -> None:
@@ -122,6 +129,7 @@ def select_command(argv: Sequence[str], prog: str) -> int:
         write_rows,
         write_text,
     )
+    from speedbench.report.layout_data import of_selection
 
     refuse_existing(given.out)
     _refuse_lost_embeddings(given.save_embeddings)
@@ -146,7 +154,7 @@ def select_command(argv: Sequence[str], prog: str) -> int:
     with landing(given.out) as folder:
         write_rows(folder / "test.parquet", chosen)
         write_json(folder / "report.json", report)
-        write_text(folder / "report.html", _select_page(report, results))
+        write_text(folder / "report.html", _page(of_selection(report, results)))
     print(f"{given.out / 'test.parquet'}: {len(chosen)} rows of {len(results)} categories")
     print(f"{given.out / 'report.html'}: how alike they are, and how alike random picks would be")
     return OK
@@ -238,49 +246,6 @@ def _spread(result: CategoryResult) -> dict[str, float | None]:
         # A share of a mean that is not positive would say nothing.
         "below_random": 1 - result.selected / mean if mean > 0 else None,
     }
-
-
-def _select_page(report: dict[str, Any], results: Sequence[CategoryResult]) -> str:
-    from speedbench.datasets import page
-
-    header = ["category", "candidates", "chosen", "selection", "random picks", "pool"]
-    header.append("below random")
-    lines = [
-        [
-            item["category"],
-            f"{item['n_pool']:,}",
-            str(item["n"]),
-            _number(item["selected"]),
-            f"{_number(item['random_mean'])} ± {_number(item['random_stdev'])}",
-            _number(item["pool"]),
-            "n/a" if item["below_random"] is None else f"{item['below_random']:.1%}",
-        ]
-        for item in report["categories"]
-    ]
-    made_by = ", ".join(f"{name} {value}" for name, value in report["embeddings"].items())
-    return page.page(
-        "A selected split",
-        [
-            page.paragraph(
-                f"{report['rows']} of {report['pool']['rows']:,} rows of {report['pool']['file']}; "
-                f"seed {report['seed']}; sha256 of the rows {report['sha256']}"
-            ),
-            page.paragraph(f"Embeddings: {made_by}."),
-            page.heading("How alike the rows are"),
-            page.paragraph(
-                "Mean cosine similarity per pair of rows of a category; lower is more diverse. "
-                "Random picks: as many rows, drawn at random with "
-                f"{len(report['categories'][0]['random'])} seeds; mean ± standard deviation. "
-                "Pool: exact, over all pairs of the category."
-            ),
-            page.similarity_figure(results),
-            page.table(header, lines),
-        ],
-    )
-
-
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"
 
 
 # ---------------------------------------------------------------- bucket
@@ -470,6 +435,7 @@ def _write_buckets(
     from speedbench.datasets import bucket
     from speedbench.datasets.landing import landing
     from speedbench.datasets.split import write_json, write_text
+    from speedbench.report.layout_data import of_buckets
 
     for found in built:
         if not found.rows:
@@ -481,7 +447,7 @@ def _write_buckets(
         for found in built:
             bucket.write(found, folder, ruler)
         write_json(folder / "report.json", report)
-        write_text(folder / "report.html", _bucket_page(report, built))
+        write_text(folder / "report.html", _page(of_buckets(report, built)))
 
 
 def _bucket_report(
@@ -538,33 +504,6 @@ def _bucket_values(found: Bucket, per_tier: int | None) -> dict[str, Any]:
             for name, tier, reason in found.inexact
         ],
     }
-
-
-def _bucket_page(report: dict[str, Any], built: Sequence[Bucket]) -> str:
-    from speedbench.datasets import page
-
-    given_by, thresholds = report["tiers"]["given_by"], report["tiers"]["thresholds"]
-    cuts = f", cut at {thresholds[0]:.4g} and {thresholds[1]:.4g}" if thresholds else ""
-    parts = [
-        page.paragraph(
-            f"Every prompt has exactly its bucket's length under the tokenizer "
-            f"{report['tokenizer']}, counted again in the written file. Counted is "
-            f"{report['counted_means']}. 1k is {report['tokens_per_k']} tokens."
-        ),
-        page.paragraph(
-            f"From {report['from']['rows']:,} rows of {report['from']['file']}; tiers by the "
-            f"{given_by}{cuts}; padding: {report['padding']}; seed {report['seed']}."
-        ),
-    ]
-    for values, found in zip(report["buckets"], built, strict=True):
-        parts.append(page.heading(f"{found.name}: {len(found.rows)} rows"))
-        parts += [page.paragraph(f"Warning: {warning}.") for warning in values["warnings"]]
-        lines = [[tier, *map(str, counts.values())] for tier, counts in values["tiers"].items()]
-        parts.append(page.table(["tier", "rows", "as they were", "cut", "padded"], lines))
-        if found.inexact:
-            parts.append(page.paragraph("Not written, because they cannot be made exact:"))
-            parts.append(page.table(["row", "tier", "reason"], found.inexact))
-    return page.page("Throughput buckets", parts)
 
 
 # ---------------------------------------------------------------- tokens

@@ -214,8 +214,9 @@ def _found(
 def _base_and_others(arms: Sequence[Arm], runs: Sequence[Path]) -> tuple[Arm, tuple[Arm, ...]]:
     """The base: the arm named first; of a folder that holds several, the one without speculation.
 
-    Where all runs measured the same, the first is the base and the others are held against it: what
-    two runs of one arm differ by.
+    Where all runs measured the same, those named first (a run, or a folder of repeats) are the base
+    and the others are held against it: before and after a change of the engine's code, or what two
+    runs of one arm differ by.
     """
     from speedbench.report.arms import run_directories
 
@@ -242,10 +243,13 @@ def _base_and_others(arms: Sequence[Arm], runs: Sequence[Path]) -> tuple[Arm, tu
         raise UserError(
             f"there is nothing to compare with {base.runs[0].directory}: name another run after it"
         )
-    first_run, *repeats = base.runs
+    mine = tuple(run for run in base.runs if first and run.directory.resolve() in first)
+    if len(mine) in (0, len(base.runs)):  # of one folder, or of shards: what one run differs by
+        mine = base.runs[:1]
+    repeats = tuple(run for run in base.runs if all(run is not one for one in mine))
     return (
-        replace(base, runs=(first_run,)),
-        (replace(base, label=f"{base.label}, again", runs=tuple(repeats)),),
+        replace(base, runs=mine),
+        (replace(base, label=f"{base.label}, again", runs=repeats),),
     )
 
 

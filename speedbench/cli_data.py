@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import re
@@ -24,9 +23,6 @@ if TYPE_CHECKING:  # imported where needed, so that --help answers at once
     from speedbench.report.blocks import Block
 
 LOG_INTERVAL_S = 30.0
-N_SHOWN = 20
-"""Rows over the limit that a table lists; json has all of them."""
-
 SUBCOMMANDS: Mapping[str, str] = {
     "select": "select_command",
     "bucket": "bucket_command",
@@ -212,7 +208,7 @@ def _show(argv: list[str], prog: str) -> int:
     parser.add_argument("--limit", metavar="N", help="list the rows longer than N tokens")
     parser.add_argument(
         "--format", choices=("console", "markdown", "json", "html"), default="console",
-        help="html has a figure (default: console)",
+        help="html draws the token lengths (default: console)",
     )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="write to FILE instead of printing")
     given = parser.parse(argv)
@@ -287,7 +283,9 @@ def _rendered(found: Sequence[Overview], given: argparse.Namespace, limit: int |
     if given.format == "json":
         return json.dumps([_plain(each) for each in found], indent=1, ensure_ascii=False) + "\n"
     if given.format == "html":
-        return _html(found, given, limit)
+        from speedbench.report.html import render
+
+        return render(_blocks(found, given, limit), "speedbench data")
     if given.format == "markdown":
         from speedbench.report.markdown import write
 
@@ -304,12 +302,11 @@ def _rendered(found: Sequence[Overview], given: argparse.Namespace, limit: int |
 
 
 def _plain(found: Overview) -> dict[str, Any]:
-    """An overview for a program to read: everything but the single rows that are not over."""
+    """An overview for a program to read."""
     values = asdict(found)
     values.update(path=str(found.path))
     if found.identity is not None:
         values["identity"] = {k: v for k, v in found.identity.items() if k != "row_sha256"}
-    del values["lengths"]
     values["over"] = [
         {"id": name, "category": category, "tokens": n} for name, category, n in found.over
     ]
@@ -319,147 +316,15 @@ def _plain(found: Overview) -> dict[str, Any]:
 def _blocks(
     found: Sequence[Overview], given: argparse.Namespace, limit: int | None
 ) -> Iterator[Block]:
-    from speedbench.report.blocks import Facts, Heading, Paragraph
+    from speedbench.datasets.overview import built_by
+    from speedbench.report.layout_data import of_overview
 
-    for each in found:
-        yield Heading(str(each.path))
-        yield Facts(tuple((label, text, "plain") for label, text in _facts(each).items()))
-        if each.fault:
-            yield Paragraph(each.fault, "error")
-        yield _table(each, given, limit)
-        if limit is not None:
-            yield from _over(each, limit)
-
-
-def _built(found: Overview) -> Path | None:
-    """The report of `data select` or `data bucket` that names these very rows, if there is one."""
-    for folder in (found.path.parent, found.path.parent.parent):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            if found.sha256 in (folder / "report.json").read_text(encoding="utf-8"):
-                return folder / "report.json"
-    return None
-
-
-def _facts(found: Overview) -> dict[str, str]:
-    identity = found.identity
-    facts = {"rows sha256": found.sha256}
-    if identity is None:
-        built = _built(found)
-        told = f"built as {built} says" if built else "none: not from `speedbench prepare`"
-        return {"identity": told, **facts}
-    source, tool = identity["source"], identity["preparer"]
-    facts = {"source": f"{source['repository']} at {source['revision']}", **facts}
-    if tool is not None:
-        facts["preparer"] = f"{tool['repository']} at {tool['commit']}"
-    facts["licences"] = identity["licences"][0]["name"] + (
-        f", and those of {len(identity['licences']) - 1} sources"
-        if len(identity["licences"]) > 1
-        else ""
-    )
-    return {**facts, "prepared": identity["prepared_utc"]}
-
-
-def _table(found: Overview, given: argparse.Namespace, limit: int | None) -> Block:
-    from speedbench.report.blocks import Column, Table
-
-    columns = ["category", "rows", "requests", "turns\nmedian", "turns\nmax"]
-    if found.total.tokens is not None:
-        columns += ["tokens\nmin", "tokens\nmedian", "tokens\np95", "tokens\nmax"]
-    if limit is not None:
-        columns.append(f"over\n{limit}")
-    rows = []
-    for part in (*found.parts, found.total):
-        cells = [part.name, part.n_rows, part.n_requests]
-        cells += [f"{part.turns.median:g}", part.turns.maximum]
-        if part.tokens is not None:
-            t = part.tokens
-            cells += [t.minimum, f"{t.median:g}", t.p95, t.maximum]
-        if limit is not None:
-            cells.append(part.n_over)
-        rows.append(tuple(map(str, cells)))
-    notes: tuple[str, ...] = ()
-    if found.total.tokens is not None:
+    tokens = ""
+    if given.tokenizer is not None:
         form = "bare text" if given.completions else "with the chat template"
-        notes = (
+        tokens = (
             f"tokens: the last turn's prompt of each row under {given.tokenizer}, {form}, replies "
-            "to earlier turns left empty; a run adds them",
+            "to earlier turns left empty; a run adds them"
         )
-    return Table(tuple(Column(name) for name in columns), tuple(rows), notes, total=True)
-
-
-def _over(found: Overview, limit: int) -> Iterator[Block]:
-    from speedbench.report.blocks import Column, Paragraph, Table
-
-    if not found.over:
-        yield Paragraph(f"No row exceeds {limit} tokens.")
-        return
-    yield Paragraph(f"{len(found.over)} rows exceed {limit} tokens:", "warning")
-    shown = [(name, category, str(n)) for name, category, n in found.over[:N_SHOWN]]
-    more = len(found.over) - len(shown)
-    yield Table(
-        (Column("row", words=True), Column("category", words=True), Column("tokens")),
-        tuple(shown),
-        (f"and {more} more: --format json lists all",) if more else (),
-    )
-
-
-# ---------------------------------------------------------------- html
-
-_PAGE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>speedbench data</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .15rem .7rem }
-td, th { text-align: right; border-bottom: 1px solid #ddd }
-:is(td, th):first-child { text-align: left }
-dt { color: #666 } dd { margin: 0 0 .3rem; overflow-wrap: anywhere } .error { color: #b00 }
-svg { max-width: 100%; height: auto } small { color: #666 }
-</style></head><body>
-<h1>speedbench data</h1>
-{%- for blocks, figure in sections %}
-{%- for block in blocks %}
-{%- if block.kind == "Heading" %}
-<h2>{{ block.text }}</h2>
-{%- elif block.kind == "Paragraph" %}
-<p class="{{ block.style }}">{{ block.text }}</p>
-{%- elif block.kind == "Facts" %}
-<dl>{% for label, text, _ in block["items"] %}<dt>{{ label }}</dt><dd>{{ text }}</dd>
-{%- endfor %}</dl>
-{%- else %}
-<table><tr>{% for column in block.columns %}<th>{{ column.header }}</th>{% endfor %}</tr>
-{%- for row in block.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{%- endfor %}</table>
-{%- for note in block.notes %}<p><small>{{ note }}</small></p>{% endfor %}
-{%- endif %}
-{%- endfor %}
-{{ figure | safe }}
-{%- endfor %}
-</body></html>
-"""
-
-
-def _html(found: Sequence[Overview], given: argparse.Namespace, limit: int | None) -> str:
-    """One page that needs no other file: the tables, and a figure of the token lengths."""
-    import jinja2
-
-    sections = []
-    for each in found:
-        blocks = [{"kind": type(b).__name__, **asdict(b)} for b in _blocks([each], given, limit)]
-        sections.append((blocks, _figure(each, limit)))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(_PAGE).render(sections=sections)
-
-
-def _figure(found: Overview, limit: int | None) -> str:
-    from speedbench.datasets.overview import figure
-
-    if not found.lengths:
-        return ""
-    try:
-        return figure(found, limit)
-    except ImportError:
-        raise UserError(
-            "--format html draws a figure with matplotlib, which is not installed: run `pip "
-            "install matplotlib`, or choose another --format"
-        ) from None
+    for number, each in enumerate(found, 1):
+        yield from of_overview(each, built_by(each), tokens, limit, number)

@@ -212,7 +212,7 @@ class _Work:
 
     def _measured(self, run: PlannedRun) -> Outcome | None:
         """How the run ended; None if nothing of it was left to measure."""
-        from speedbench import session
+        from speedbench import series, session
         from speedbench.configure import refuse_unsupported
 
         replicas = self.start.replicas
@@ -221,6 +221,7 @@ class _Work:
         directory = self.plan.directory / run.name
         replicas.agree(lambda: refuse_unsupported(config))
         replicas.agree(lambda: session.refuse_missing_checkpoints(config))
+        replicas.from_first(lambda: series.refuse_headless(directory))
         target = replicas.from_first(
             lambda: (
                 session.resumed_target(directory, config, prepared)

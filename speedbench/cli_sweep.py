@@ -116,9 +116,8 @@ def _plan(asked: SweepAsked) -> tuple[Plan, Kept | None]:
     if not asked.resume:
         store.refuse_existing(directory)
     spec = _spec(asked.given, kept)
-    cells = sweep.expanded(
-        spec, cell_configuration, most_requests, () if kept is None else kept.cells
-    )
+    measured = () if kept is None else series.measured(kept, directory)
+    cells = sweep.expanded(spec, cell_configuration, most_requests, measured)
     return series.Plan("sweep", directory, spec, cells), kept
 
 
@@ -144,19 +143,26 @@ def _spec(given: Mapping[str, Any], kept: Kept | None) -> Spec:
     from speedbench.sweep import Spec, read_spec, spec_of
 
     flags = dict(given)
-    grid = _grid(flags.pop("grid", ()))
+    grid: dict[str, Any] = dict(_grid(flags.pop("grid", ())))
     spec = kept.spec if kept is not None else Spec()
     if "config" in flags:
         spec = read_spec(Path(flags.pop("config")))
     baseline = flags.pop("baseline", spec.baseline)
     repeat = flags.pop("repeat", spec.repeat)
+    grid = {**spec.grid, **grid}
+    for name in () if spec.cells else sorted(flags.keys() & grid.keys()):
+        if str(flags[name]) not in map(str, grid[name]):  # else it would be measured nowhere
+            raise UserError(
+                f"--{name} {flags[name]} is given, but the grid has other values of {name}: leave "
+                f"it out, or add it to --grid {name}="
+            )
     refuse_redacted({"base": spec.base, "cells": spec.cells})
     of_session = ("max_duration", "show_progress") if kept is not None else ()
     base = {name: value for name, value in spec.base.items() if name not in of_session}
     return spec_of(
         {
             "base": {**base, **flags},
-            "grid": {**spec.grid, **grid},
+            "grid": grid,
             "cells": spec.cells,
             "baseline": baseline,
             "repeat": repeat,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -413,27 +413,52 @@ def _sentence(error: ValidationError) -> str:
 RUNTIME_SECTIONS = ("engine_args", "sampling_kwargs", "chat_template_args", "dataset_kwargs")
 
 
-def read_runtime_params(path: str) -> dict[str, dict[str, Any]]:
-    """The sections of a `--runtime_params` YAML file, checked for unknown names."""
+def read_yaml(path: str | Path, flag: str, expected: Sequence[str]) -> dict[str, Any]:
+    """The mapping in a YAML file, loaded safely. Raises UserError where there is none, where a key
+    stands twice (the first would be lost), or where it holds what no JSON file can."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"'{key}' stands twice", node.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--runtime_params {path} cannot be read ({error}): give a YAML file"
-        ) from None
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"--runtime_params {path} is not YAML ({first}): mend the file") from None
+        raise UserError(f"{flag} {path} cannot be read ({error}): give a YAML file") from None
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"{flag} {path} is not YAML ({what}): mend the file") from None
     found = {} if found is None else found
     if not isinstance(found, dict):
         raise UserError(
-            f"--runtime_params {path} holds a {type(found).__name__}, expected a mapping with "
-            f"{', '.join(RUNTIME_SECTIONS)}"
+            f"{flag} {path} holds a {type(found).__name__}, expected a mapping with "
+            f"{', '.join(expected)}"
         )
+    refuse_unstorable(found, f"{flag} {path}")
+    return found
+
+
+def refuse_unstorable(values: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for what no manifest could hold as it was asked for."""
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where} holds what no JSON file can ({error}): give finite numbers, put quotes "
+            "around dates, and let nothing contain itself"
+        ) from None
+
+
+def read_runtime_params(path: str) -> dict[str, dict[str, Any]]:
+    """The sections of a `--runtime_params` YAML file, checked for unknown names."""
+    found = read_yaml(path, "--runtime_params", RUNTIME_SECTIONS)
     for section, values in found.items():
         if section not in RUNTIME_SECTIONS:
             raise UserError(
@@ -444,15 +469,4 @@ def read_runtime_params(path: str) -> dict[str, dict[str, Any]]:
             raise UserError(
                 f"--runtime_params {path}: section '{section}' must map names to values"
             )
-    if _has_no_json(found):
-        raise UserError(f"--runtime_params {path} holds a NaN or an infinity: give finite numbers")
     return found
-
-
-def _has_no_json(value: object) -> bool:
-    """Whether a number in it is not finite, so that no manifest could hold it."""
-    if isinstance(value, dict):
-        return any(_has_no_json(inner) for inner in value.values())
-    if isinstance(value, list):
-        return any(_has_no_json(inner) for inner in value)
-    return isinstance(value, float) and not math.isfinite(value)

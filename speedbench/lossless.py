@@ -469,8 +469,9 @@ def _difference(mine: _Share, floor: _Share) -> Figure:
     """share - floor with its interval, from both intervals and the correlation of the two.
 
     Each bound is as far from the difference as the bounds of both shares are, added in squares less
-    their correlation (Newcombe 1998, Statistics in Medicine 17:2635-2650, method 10; Zou & Donner
-    2008, ibid. 27:1693-1702, for any pair of intervals).
+    their correlation (Newcombe 1998, Statistics in Medicine 17:2635-2650, method 10: a positive
+    correlation is corrected for continuity; Zou & Donner 2008, ibid. 27:1693-1702, for any pair of
+    intervals).
     """
     if np.isnan(mine.value) or np.isnan(floor.value):
         return Figure(None, why_not=mine.why_not if np.isnan(mine.value) else floor.why_not)
@@ -480,6 +481,10 @@ def _difference(mine: _Share, floor: _Share) -> Figure:
     together = float(mine.residuals @ floor.residuals)
     apart = np.sqrt((mine.residuals @ mine.residuals) * (floor.residuals @ floor.residuals))
     r = together / float(apart) if apart > 0 else 0.0
+    if r > 0:
+        trials = min(mine.n_effective, floor.n_effective)
+        spread = np.prod([one.value * (1 - one.value) for one in (mine, floor)])
+        r = max(0.0, r - 1 / (2 * trials * float(np.sqrt(spread)))) if spread > 0 else 0.0
     (low_a, high_a), (low_b, high_b) = (wilson(one.value, one.n_effective) for one in (mine, floor))
 
     def reach(a: float, b: float) -> float:

@@ -104,7 +104,8 @@ def _session_keys(text: bytes | None) -> list[tuple[str, ...]]:
     """What tells one session of a manifest from every other session of any run."""
     try:
         sessions = json.loads(text or b"{}").get("sessions", [])
-        names = ("session", "replica", "started_at", "started_ns", "hostname")
+        # Not its started_ns, which is another one once the session has ended.
+        names = ("session", "replica", "started_at", "hostname", "clock")
         return [tuple(str(session.get(name)) for name in names) for session in sessions]
     except (ValueError, AttributeError, TypeError):
         return []

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from speedbench import store
 from speedbench.config import RunConfig, from_dict
+from speedbench.configure import known_engine
 from speedbench.environment import redact
 from speedbench.sweep import Cell, Spec, engine_identity, identity, remembers, spec_of
 from speedbench.types import UserError
@@ -119,22 +120,44 @@ def read(directory: Path) -> Kept | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it from a copy") from None
     number = found.get("format") if isinstance(found, dict) else None
-    if not isinstance(number, int) or number > FORMAT:
+    if not isinstance(number, int):
+        raise UserError(f"{path} lacks a format number: restore it from a copy")
+    if number > FORMAT:
         raise UserError(
             f"{path} has format {number}, this speedbench reads up to {FORMAT}: install a newer one"
         )
     try:
-        cells = tuple(
-            Cell(str(cell["name"]), from_dict(cell["config"]), dict(cell["values"]))
-            for cell in found["cells"]
-        )
+        cells = tuple(_cell(cell) for cell in found["cells"])
         kind: Kind = "series" if found["kind"] == "series" else "sweep"
         return Kept(kind, spec_of(found["spec"], str(path)), cells, dict(found["not_measured"]))
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise UserError(f"{path} lacks {error}: restore it from a copy") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not as speedbench wrote it ({error}): restore it from a copy"
+        ) from None
+
+
+def _cell(stored: Mapping[str, Any]) -> Cell:
+    config = from_dict(stored["config"])
+    known_engine(config.engine)
+    name = stored["name"]
+    if name != Path(name).name or name in ("", ".."):
+        raise ValueError(f"the cell's name {name!r} is no directory's")
+    return Cell(name, config, dict(stored["values"]))
+
+
+def measured(kept: Kept, directory: Path) -> tuple[Cell, ...]:
+    """The cells of which anything was measured; those that could not be may be mended."""
+
+    def is_begun(cell: Cell) -> bool:
+        names = (cell.name, f"{cell.name}-run[0-9]*")
+        return any(any(directory.glob(f"{name}/manifest.json")) for name in names)
+
+    return tuple(cell for cell in kept.cells if is_begun(cell))
 
 
 def write(plan: Plan, not_measured: Mapping[str, str], kept: Kept | None = None) -> None:
@@ -195,7 +218,27 @@ def is_kept(directory: Path) -> bool:
         return False
     if store.read_manifest(directory)["status"] != "complete":
         return False
-    return any(store.committed(directory).values())
+    found = store.committed(directory)
+    return any(found.values()) and _n_lost(directory, len(found)) <= 0
+
+
+def _n_lost(directory: Path, n_committed: int) -> int:
+    """Conversations of a complete run whose parts cannot be read any more: they are asked again."""
+    manifest = store.read_manifest(directory)
+    n_rows = int(sum(manifest["dataset"].get("expected", {}).values()))
+    return n_rows - len(manifest.get("refused", [])) - n_committed
+
+
+def refuse_headless(directory: Path) -> None:
+    """Raise UserError for what is no run any more: to measure there anew would mix the two."""
+    if not (directory / "manifest.json").is_file():
+        try:
+            store.refuse_existing(directory)
+        except UserError:
+            raise UserError(
+                f"{directory} holds something, but no manifest.json: restore that from a copy, or "
+                "move the directory away to measure anew"
+            ) from None
 
 
 def left(plan: Plan) -> list[PlannedRun]:

@@ -113,8 +113,8 @@ def category_means(
 
     size: (P,) where the values are pseudo-values: how much each conversation has in the sums they
     are made of (its steps). The more unlike these are, the fewer conversations decide: the degrees
-    of freedom are those of the effective number (sum m)^2 / sum m^2 (Kish 1965, Survey Sampling,
-    section 8.2).
+    of freedom are those of the effective number (sum m)^2 / sum m^2 (Kish 1992, Journal of Official
+    Statistics 8:183-200).
     """
     n = np.bincount(category, minlength=n_categories)
     values = np.round(values, DIGITS)

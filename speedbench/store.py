@@ -96,6 +96,8 @@ ENERGY = pa.schema(
 DRAFT_VOCABULARY = pa.schema([("token_id", pa.int32())])
 DRAFT_VOCABULARY_FILE = "draft_vocabulary.parquet"
 FOLDERS = ("turns", "steps", "experts", "energy")
+SKELETON = (".lock", ".manifest.json", ".sweep.json")
+"""How the names begin of what a run, or a folder of runs, that ended before it began may leave."""
 
 
 # ---------------------------------------------------------------- writing
@@ -114,7 +116,7 @@ def refuse_existing(directory: Path) -> None:
 def _holds_anything(directory: Path) -> bool:
     """Whether there is more than the empty skeleton of a run that ended before it began."""
     return any(
-        (path.name not in FOLDERS and not path.name.startswith((".lock", ".manifest.json")))
+        (path.name not in FOLDERS and not path.name.startswith(SKELETON))
         or (path.is_dir() and any(path.iterdir()))
         for path in directory.iterdir()
     )
@@ -293,10 +295,10 @@ class Writer:
             "turns": _turns_table(turns, self._origin),
         }
         for folder, table in tables.items():
-            if folder == "experts":
-                if not table.num_rows:
-                    continue
-                (self._directory / folder).mkdir(exist_ok=True)
+            if folder == "experts" and not table.num_rows:
+                continue
+            # Empty folders are lost where a run is copied, or fetched from an object store.
+            (self._directory / folder).mkdir(exist_ok=True)
             with _replacing(self._directory / folder / name) as path:
                 pq.write_table(table, path, compression="zstd")
         self._next_part += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,15 @@ from typing import Any, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from speedbench.config import NOT_IDENTITY, TAKES_NO_DRAFT_MODEL, RunConfig
+from speedbench.config import (
+    NOT_IDENTITY,
+    TAKES_NO_DRAFT_MODEL,
+    RunConfig,
+    read_yaml,
+    refuse_unstorable,
+)
 from speedbench.environment import redact
-from speedbench.types import UserError
+from speedbench.types import EngineAdapter, UserError
 from speedbench.words import like
 
 Values = Mapping[str, Any]
@@ -35,11 +42,18 @@ NOT_SWEPT: Mapping[str, str] = {
 
 MAPPINGS = ("engine_args", "sampling_kwargs", "chat_template_args", "dataset_kwargs")
 
-ANY_SAMPLING = ("VLLM", "SGLANG", "HF", "NULL")
-"""Engines that decode at any temperature however they were started. Any other is started once for
-greedy decoding and once for sampling: TensorRT-LLM chooses its sampler at the start."""
+MOST_CELLS = 10_000
+"""Of a grid, at most: what is larger is a slip of the keyboard."""
 
-NAME = re.compile(r"(?!.*-run\d+$)[A-Za-z0-9][A-Za-z0-9._+-]*")
+MOST_LETTERS = 150
+"""Of a cell's name, so that no file system refuses its directory."""
+
+NAME = re.compile(
+    r"(?!.*(?:-run\d+|\.json)$|(?:turns|steps|experts|energy)$)"
+    rf"[A-Za-z0-9][A-Za-z0-9._+-]{{0,{MOST_LETTERS - 1}}}"
+)
+"""Of a cell: a directory that is taken neither for a repeat of another cell, nor for a file of the
+sweep, nor for the parts of a run."""
 
 
 class Spec(BaseModel):
@@ -79,42 +93,13 @@ class Cell:
 
 def read_spec(path: Path) -> Spec:
     """A sweep from its YAML file. Raises UserError with one sentence for the first fault."""
-    import yaml
-
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read ({error}): give a YAML file") from None
-    except yaml.YAMLError as error:
-        what = " ".join(str(error).split())
-        raise UserError(f"--config {path} is not YAML ({what}): mend the file") from None
-    if not isinstance(found, dict):
-        raise UserError(
-            f"--config {path} holds a {type(found).__name__}, expected a mapping with "
-            f"{', '.join(Spec.model_fields)}"
-        )
+    found = read_yaml(path, "--config", tuple(Spec.model_fields))
     return spec_of(found, f"--config {path}")
-
-
-def _loader() -> Any:
-    """yaml.SafeLoader, but a key that stands twice is an error: the first would be lost."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"'{key}' stands twice", node.start_mark
-                    )
-            return super().construct_mapping(node, deep)
-
-    return Loader
 
 
 def spec_of(values: Mapping[str, Any], where: str) -> Spec:
     """A validated sweep. Raises UserError; `where` says where the values stand."""
+    refuse_unstorable(values, where)
     try:
         spec = Spec.model_validate(dict(values))
     except ValidationError as error:
@@ -136,6 +121,11 @@ def spec_of(values: Mapping[str, Any], where: str) -> Spec:
         if len(set(texts)) < len(texts):
             twice = next(text for text in texts if texts.count(text) > 1)
             raise UserError(f"{where}: grid {name} has {twice} twice: name each value once")
+    if (n_cells := math.prod(map(len, spec.grid.values()))) > MOST_CELLS:
+        raise UserError(
+            f"{where}: grid has {n_cells} combinations, expected at most {MOST_CELLS}: name fewer "
+            "values, or make several sweeps"
+        )
     for cell in spec.cells:
         for name in cell:
             if name != "name":
@@ -171,8 +161,9 @@ def _refuse_not_swept(name: str, where: str) -> None:
 def _refuse_bad_name(name: Any, where: str) -> None:
     if name is not None and (not isinstance(name, str) or NAME.fullmatch(name) is None):
         raise UserError(
-            f"{where}: a cell's name is {name!r}: expected letters, digits and . _ + -, to name a "
-            "directory, and no -run2 at its end"
+            f"{where}: a cell's name is {name!r}: expected at most {MOST_LETTERS} letters, digits "
+            "and . _ + -, to name a directory, no -run2 or .json at its end, and no word for the "
+            "parts of a run"
         )
 
 
@@ -293,17 +284,22 @@ def engine_identity(config: RunConfig) -> str:
         **{name: getattr(settings, name) for name in settings.__dataclass_fields__},
         "engine": config.engine,
         "sampling": dict(sampling.extra),
-        "sampled": config.engine not in ANY_SAMPLING and sampling.temperature > 0,
+        "sampled": _adapter(config).samples_as_started and sampling.temperature > 0,
     }
     return json.dumps(values, sort_keys=True, default=str)
 
 
 def remembers(config: RunConfig) -> bool:
     """Whether an engine keeps of one run what could help the next, and cannot be told to forget."""
-    if config.speculative_algorithm == "SUFFIX":  # drafts from the answers to earlier requests
-        return True
-    tensorrt = config.engine in ("TRTLLM", "AUTO_DEPLOY")
-    return tensorrt and (config.prefix_cache or config.speculative_algorithm == "NGRAM")
+    adapter = _adapter(config)
+    keeps_prompts = config.prefix_cache and not adapter.forgets_prompts
+    return keeps_prompts or config.speculative_algorithm in adapter.remembers
+
+
+def _adapter(config: RunConfig) -> EngineAdapter:
+    import engines
+
+    return engines.adapter(config.engine)
 
 
 # ---------------------------------------------------------------- naming
@@ -362,7 +358,9 @@ def readable_name(config: RunConfig, grid: Sequence[str]) -> str:
             parts.append(f"{WORDS.get(name, f'{name}-')}{_plain(name, value)}")
         elif name in ("draft_sample_method", "block_size") and not baseline:  # as it was asked for
             parts.append(f"{name}-{getattr(config, name)}")
-    return "-".join(re.sub(r"[^A-Za-z0-9._+-]+", "_", part).strip("-") for part in parts)
+    name = "-".join(re.sub(r"[^A-Za-z0-9._+-]+", "_", part).strip("-") for part in parts)
+    # A value may be the directory of another sweep's run: what ends its name is no repeat of ours.
+    return re.sub(r"-(run\d+)$|\.(json)$", r"_\1\2", name[:MOST_LETTERS])
 
 
 def _plain(name: str, value: Any) -> str:

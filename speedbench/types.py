@@ -288,6 +288,15 @@ class EngineAdapter(Protocol):
     """Requests it decodes at a time, at most; None: as many as are asked for."""
     flag_of: Mapping[str, str]
     """Engine argument -> the speedbench flag that sets it (an argument we own)."""
+    samples_as_started: bool
+    """Whether it settles at its start if it decodes greedily or samples: what asks for the one is
+    then not measured on an engine that was started for the other."""
+    remembers: Sequence[Algorithm]
+    """Algorithms that draft from the answers to earlier requests, which `forget` cannot drop: each
+    measurement with them is made on a newly started engine."""
+    forgets_prompts: bool
+    """Whether `forget` drops the prefix cache; if not, each measurement with it is made on a newly
+    started engine, too."""
     calibration_args: Mapping[Algorithm, Mapping[str, object]]
     """Engine arguments under which an algorithm's steps are a known answer."""
 

@@ -63,6 +63,19 @@ def test_what_makes_another_arm(tmp_path: Path, change: dict[str, Any], n_arms: 
     assert len(grouped([first, run(tmp_path / "2", **change)])) == n_arms
 
 
+def test_shards_are_no_repeats_of_one_another(tmp_path: Path) -> None:
+    """They asked different rows; the same shard again is a repeat."""
+    runs = [
+        run(tmp_path / str(i), config={"shard": shard}) for i, shard in enumerate(("0/2", "1/2"))
+    ]
+    runs.append(run(tmp_path / "again", at="04:00", config={"shard": "1/2"}))
+    arms = grouped(runs)
+    assert [(arm.label, len(arm.runs)) for arm in arms] == [
+        ("EAGLE3 K=3, shard 0/2", 1),
+        ("EAGLE3 K=3, shard 1/2", 2),
+    ]
+
+
 def test_a_draft_length_that_nobody_used_makes_no_other_baseline(tmp_path: Path) -> None:
     """What --draft_length was asked for says nothing where nothing is drafted."""
     runs = [run(tmp_path / str(k), 0, config={"draft_length": k}) for k in (3, 5)]

@@ -182,7 +182,11 @@ MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
         vllm_arguments("sampling_kwargs: {min_pee: 0.1}"), ["min_pee", "min_p"]
     ),
     "infinite temperature": (always(*NULL, "--temperature", "inf"), ["--temperature", "inf"]),
-    "yaml with NaN": (yaml_file("sampling_kwargs: {min_p: .nan}"), ["NaN"]),
+    "yaml with NaN": (yaml_file("engine_args: {x: .nan}"), ["finite"]),
+    "yaml with a key twice": (
+        yaml_file("engine_args: {step_ms: 1, step_ms: 2}"), ["'step_ms' stands twice"]
+    ),
+    "yaml that contains itself": (yaml_file("engine_args: &a {x: *a}"), ["contain itself"]),
     "null engine argument of another type": (yaml_file("engine_args: {step_ms: abc}"), ["step_ms"]),
     "empty category": (always(*NULL, "--category", ""), ["--category"]),
     "vLLM's own slots": (vllm_arguments("engine_args: {max_num_seqs: 256}"), ["--concurrency"]),

@@ -887,7 +887,12 @@ def test_repeats_are_told_in_words() -> None:
     arm = [measured([100.0 * f] * 4, [9] * 4, "aabb") for f in (1.1, 1.2)]
     flat = " ".join(drawn(compare(sampled(*base), [sampled(*arm)]), 80).split())
     assert "user TPS 1.1000, 1.2000 times the base's in 2 rounds" in flat
-    assert "With the spread of runs and that of conversations: 1.1489 (95 %" in flat
+    # The logs of the two rounds are 0.0870 apart: their mean has a standard error of half that, and
+    # Student's t with one degree of freedom is 12.7062. All conversations are alike.
+    low, high = (1.32**0.5 * (1.2 / 1.1) ** (sign * 12.7062 / 2) for sign in (-1, 1))
+    assert f"User TPS 1.1489 (95 % {low:.4f}-{high:.4f}) times the base's, NOT SIGNIFICANT" in flat
+    assert "of conversations alone it would be 1.1489 (95 % 1.1489-1.1489)" in flat
+    assert re.search(rf"Overall\W+4\W.*1\.1489 ns\W+{low:.4f}-{high:.4f}", flat)
 
 
 def test_figures_have_their_numbers_in_a_table_and_ids_of_their_own(several: Comparison) -> None:

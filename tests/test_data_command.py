@@ -17,8 +17,10 @@ from speedbench.cli_data import data_command
 from speedbench.config import RunConfig
 from speedbench.datasets import Dataset, identity, select
 from speedbench.datasets.files import parquet_records
-from speedbench.datasets.overview import Lengths, Spread, figure, files_of, overview
+from speedbench.datasets.overview import Lengths, Spread, files_of, overview
 from speedbench.datasets.rows import to_conversations
+from speedbench.report.blocks import Chart
+from speedbench.report.layout_data import of_overview
 from speedbench.types import Conversation, UserError
 from tests.hub import parquet, qualitative_rows
 
@@ -122,12 +124,23 @@ def test_an_interruption_is_no_traceback(folder: Path, monkeypatch: pytest.Monke
         assert repr(ended.value) == f"SystemExit({128 + signal.SIGINT})"
 
 
-def test_a_category_is_no_formula(models: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps({"category": r"$\cost$", "prompt": "a"}) + "\n")
-    drawn = figure(overview(file, Lengths(str(models / "word" / "target"))), None)
-    assert drawn.startswith("<svg")
+def test_the_figure_draws_the_lengths_of_every_category(models: Path, tmp_path: Path) -> None:
+    place = words_file(tmp_path, models)
+    lengths = Lengths(str(models / "word" / "target"), completions=True)
+    found = overview(place / "prompts.jsonl", lengths, 17)
+    head = lengths.of([Conversation("r", "c", ("",))])[0] if found.total.tokens else 0
+    (chart,) = (b for b in of_overview(found, None, "tokens: of them", 17) if isinstance(b, Chart))
+    assert chart.x.ticks == ("odd", "even", "all")
+    assert chart.y.unit == "tokens"
+    assert chart.reference == 17
+    spread, p95 = chart.series
+    # 1, 3, ... 19 and 2, 4, ... 20 and 1, 2, ... 20 words
+    assert [v - head for v in spread.y] == [10, 11, 10.5]
+    assert [v - head for v in spread.low] == [1, 2, 1]
+    assert [v - head for v in spread.high] == [19, 20, 20]
+    assert [v - head for v in p95.y] == [19, 20, 19]
+    drawn = [[float(cell) for cell in row[1:]] for row in chart.table.rows]
+    assert drawn == [list(v) for v in zip(spread.low, spread.y, p95.y, spread.high, strict=True)]
 
 
 def test_token_lengths_and_rows_over_a_limit(
@@ -194,7 +207,8 @@ def test_a_page_that_needs_no_other_file(
     data_command([str(place), *arguments, "--format", "html", "--out", str(out)], "data")
     page = out.read_text()
     assert page.count("<svg") == 1
-    assert "<td>&lt;b&gt;&amp;even</td>" in page
+    assert '<th scope="row">&lt;b&gt;&amp;even</th>' in page
+    assert "11 rows exceed 9 tokens" in page or "12 rows exceed 9 tokens" in page  # a BOS counts
     assert "<b>&even" not in page
     assert not re.search(r'(src|href)="https?://', page)
     assert "<script" not in page

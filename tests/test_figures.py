@@ -143,6 +143,25 @@ def test_points_and_their_intervals_stand_where_they_should() -> None:
     assert [place.back(w[3]) for w in whiskers] == pytest.approx(x, abs=0.02)
 
 
+@pytest.mark.parametrize("horizontal", [False, True])
+def test_an_interval_far_wider_than_the_others_ends_in_an_arrow(horizontal: bool) -> None:
+    x, y = (1.0, 2.0, 3.0, 4.0), (100.0, 120.0, 90.0, 110.0)
+    low, high = (95.0, 115.0, -4000.0, 105.0), (105.0, 125.0, 5000.0, 115.0)
+    made = chart(Series("a", "point", x, y, low, high))
+    made = replace(made, y=Axis("speed", "tokens/s", low=0.0), horizontal=horizontal)
+    drawn = Drawn(made)
+    _, scale_of_values = drawn.scales(horizontal)
+    ticks = [v for _, v in scale_of_values.ticks]
+    assert min(ticks) == 0  # no speed is below
+    assert 125 <= max(ticks) <= 250  # the values keep their room
+    assert "interval goes on: see the numbers" in " ".join(drawn.words())
+    assert "(95 % -4000-5000)" in drawn.source  # in full for a pointer
+    whole = Series("a", "point", x, y, low, high, bounds="all")  # data, not doubt
+    assert "goes on" not in " ".join(Drawn(replace(made, series=(whole,))).words())
+    told = Drawn(chart(Series("a", "point", x[:2], y[:2], low[:2], high[:2])))
+    assert "goes on" not in " ".join(told.words())
+
+
 def test_log_axes_are_logarithmic() -> None:
     x, y = (1.0, 2.0, 4.0, 8.0, 64.0), (2.0, 30.0, 450.0, 7000.0, 12000.0)
     drawn = Drawn(chart(Series("a", "line", x, y), x=Axis("X", "", log=True),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from speedbench.lossless import Losslessness, answer, greedy, sampled
-from speedbench.report import junit, sample
+from speedbench.report import junit, sample, sides
 from speedbench.report.arms import Arm
 from speedbench.report.blocks import Paragraph, Table
 from speedbench.report.compare import ArmComparison, BetweenRuns, CategoryComparison
@@ -400,6 +400,30 @@ def test_lossless_where_answers_are_missing(arm: Sample) -> None:
     found = one(arm, "lossless=-2%", {}, lossless=greedy([mine], [fewer]))
     assert found.outcome == "inconclusive"
     assert "20 request(s)" in found.why
+
+
+@pytest.mark.parametrize(
+    ("n_left_out", "outcome"),
+    [
+        ({}, "inconclusive"),
+        ({sides.IN_NEITHER: 40}, "inconclusive"),
+        ({sides.UNTIMED: 40}, "inconclusive"),
+        ({sides.ASKED_OTHERWISE: 40}, "pass"),
+        ({sides.NOT_IN_ALL: 40}, "pass"),
+    ],
+)
+def test_lossless_where_neither_side_answered(
+    arm: Sample, n_left_out: Mapping[str, int], outcome: str
+) -> None:
+    """120 conversations were to be answered, 80 pairs are there: what became of the other 40?"""
+    about: dict[str, Any] = {"lossless": outputs(400, 0), "n_left_out": n_left_out}
+    expected = {"coding": 80, "qa": 40}
+    for gate in ("lossless=-2%", "lossless[qa]=-2%"):
+        found = one(arm, gate, {}, n_expected=expected, **about)
+        assert found.outcome == ("pass" if "qa" in gate else outcome)
+    if outcome != "pass":
+        found = one(arm, "lossless=-2%", {}, n_expected=expected, **about)
+        assert found.why.startswith("40 of 120 conversations were answered on neither side")
 
 
 def test_lossless_cannot_be_gated_at_temperature(arm: Sample) -> None:

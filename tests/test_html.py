@@ -462,6 +462,29 @@ def test_headers_are_found_by_their_words(words: str, term: str) -> None:
     assert term_of("anything", "al_step") is TERMS["al_step"]
 
 
+@pytest.mark.parametrize(
+    ("words", "id"),
+    [
+        ("accept_rate", "acceptance_rate"),
+        ("Acceptance rate", "acceptance_rate"),
+        ("Conditional", "conditional_rate"),
+        ("Not told apart\nfrom the best", "not_told_apart"),
+        ("Without an\ninterval", "no_interval"),
+        ("Next / best", "runner_up"),
+        ("Residual", "residual"),
+        ("Detectable", "detectable"),
+        ("First", "first_divergence"),
+        ("Tokens: p", "two_sample"),
+        ("Gate", "gate"),
+        ("Wilson interval", "wilson"),
+    ],
+)
+def test_names_that_are_alike_mean_what_they_say(words: str, id: str) -> None:
+    found = term_of(words)
+    assert found is not None
+    assert found.id == id
+
+
 def test_text_forms_show_what_a_page_folds_and_draws() -> None:
     """Without a figure its table, unless its numbers stand elsewhere or are too many to read."""
     from speedbench.report import markdown

@@ -230,6 +230,24 @@ def test_a_bin_with_too_few_conversations_has_no_interval(tmp_path: Path) -> Non
     assert second.al.why_not
 
 
+def test_a_lone_conversation_of_a_category_leaves_its_slices_without_an_interval(
+    tmp_path: Path,
+) -> None:
+    """It is in every resample: five alike conversations of x would make an interval of no width
+    around a number that half of its steps, those of the only y, decide."""
+    records = [conversation(f"c{i}", "x", told_turn(f"c{i}.0", [1, 2, 2, 2])) for i in range(5)]
+    records.append(conversation("d", "y", told_turn("d.0", [1, *[1] * 15])))
+    first, second, *_ = position.by_position(seen(stored(tmp_path / "r", records)), 5).slices
+    assert first.al.value == pytest.approx((10 * 2 + 4) / 14)
+    assert second.al_first.value == pytest.approx((10 * 2 + 4) / 14)
+    for figure in (first.al, second.al, second.al_first, second.difference):
+        assert figure.value is not None
+        assert figure.interval is None
+        assert (
+            figure.why_not == "too few conversations for an interval: a category has a single one"
+        )
+
+
 THINK = (50, 51)
 
 
@@ -449,6 +467,17 @@ def test_the_vocabulary_of_another_drafter_is_found_out(tmp_path: Path) -> None:
     assert found is not None
     assert found.overall is None
     assert "3 of 3 accepted draft tokens are not in the vocabulary" in found.why_not
+
+
+def test_a_step_without_a_token_stops_no_report(tmp_path: Path) -> None:
+    """Such a step is an error of the records, which a check tells; all tokens here are token 7."""
+    records = [conversation(f"a{i}", "x", told_turn(f"a{i}.0", [1, 2, 0])) for i in range(2)]
+    run = with_vocabulary(stored(tmp_path / "r", records), [7], 100)
+    found = vocabulary.coverage(seen(run), InsightOptions())
+    assert found is not None
+    assert found.why_not == ""
+    assert found.overall is not None
+    assert (found.overall.n_tokens, found.overall.n_outside) == (6, 0)
 
 
 def test_a_cut_off_target_token_is_of_neither_kind(tmp_path: Path) -> None:

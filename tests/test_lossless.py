@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from speedbench import lossless
 from speedbench.lossless import (
     CLOSE,
     Answer,
@@ -247,6 +249,34 @@ def test_an_arm_that_differs_more_is_told_with_both_figures() -> None:
     assert found.overall.difference.value == pytest.approx(-0.27)
     assert found.overall.difference.interval is not None
     assert found.overall.difference.interval[1] < 0
+
+
+def test_the_difference_is_newcombe_s_of_pairs() -> None:
+    """41 pairs: 14 alike on both sides, 5 on the first alone, 22 on neither. Altman et al. 2000,
+    Statistics with Confidence, table 6.2; the bounds by hand: Wilson's of 19 / 41 and of 14 / 41,
+    phi = (14 * 22 - 0 * 5 - 41 / 2) / sqrt(19 * 22 * 14 * 27), corrected for continuity."""
+    names = {f"c{i:03d}": "qa" for i in range(41)}
+    base, _ = same_and_other(41, 0)
+    other = {key: answer("qa", "p", ids([-1])) for key in base}
+
+    def share(n_same: int) -> lossless._Share:
+        mixed = {key: (base if i < n_same else other)[key] for i, key in enumerate(sorted(base))}
+        tally = lossless._Tally.of([(base, mixed)], names)
+        return lossless._Share.of([np.arange(41)], ["qa"], tally)
+
+    def wilson_by_hand(n_same: int) -> tuple[float, float]:
+        z, p = 1.959963984540054, n_same / 41
+        half = z * math.sqrt(p * (1 - p) / 41 + z * z / (4 * 41 * 41))
+        return tuple((p + z * z / 82 + sign * half) / (1 + z * z / 41) for sign in (-1, 1))  # type: ignore[return-value]
+
+    (low_a, high_a), (low_b, high_b) = wilson_by_hand(19), wilson_by_hand(14)
+    a, b, phi = 19 / 41, 14 / 41, (308 - 20.5) / math.sqrt(19 * 22 * 14 * 27)
+    down = (a - low_a) ** 2 + (high_b - b) ** 2 - 2 * phi * (a - low_a) * (high_b - b)
+    up = (high_a - a) ** 2 + (b - low_b) ** 2 - 2 * phi * (high_a - a) * (b - low_b)
+    found = lossless._difference(share(19), share(14))
+    assert found.value == pytest.approx(5 / 41)
+    assert found.interval == pytest.approx((5 / 41 - math.sqrt(down), 5 / 41 + math.sqrt(up)))
+    assert found.interval == pytest.approx((0.011, 0.226), abs=1e-3)  # as printed there
 
 
 def test_too_few_to_tell() -> None:
@@ -547,7 +577,9 @@ def test_the_report_says_the_share_with_its_interval_and_why_there_is_no_floor()
     assert table.rows[-1][4:] == ("n/a",) * 4
     assert any("--repeat 2" in note for note in table.notes)
     chart = next(block for block in blocks if isinstance(block, Chart))
-    assert chart.table.rows[0] == ("EAGLE3 K=3", "5 of 20", "3", "3", "3", "3")
+    positions = [block for block in blocks if isinstance(block, Table)][1]
+    assert positions.rows[0] == ("EAGLE3 K=3", "5 of 20", "3", "3", "3", "3")
+    assert chart.table.rows == (("0", "100.00"), ("3", "75.00"))  # every corner of the curve
     assert "5 of 20 differ" in chart.alt
     (series,) = chart.series
     assert series.x == (0, 3, 3)

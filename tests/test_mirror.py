@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from speedbench import mirror, remote, remote_lock, store
+from speedbench.cli import main
 from speedbench.cli_upload import upload_command
 from speedbench.mirror import Mirror, opened
 from speedbench.mirror_process import mirrored
@@ -89,7 +90,8 @@ class WrittenRun:
             self.n_done += 1
 
     def end(self, status: str = "complete") -> None:
-        self.sessions[-1].update(ended_ns=10, end="finished")
+        # The clock starts anew once the engine is warm, as `session` tells it.
+        self.sessions[-1].update(started_ns=5, ended_ns=10, end="finished")
         self._describe(status)
 
     def _describe(self, status: str) -> None:
@@ -284,6 +286,36 @@ def test_what_cannot_be_uploaded_is_named_and_stays_here(tmp_path: Path) -> None
     FaultyStore.fault = staticmethod(lambda _what, _path: None)
     assert mirror.upload(tmp_path / "run", OBJECTS).missing == ()
     assert FaultyStore.files() == before
+
+
+def test_what_a_mirror_left_undone_is_completed_once_its_run_has_ended(tmp_path: Path) -> None:
+    """What the URL knows of the session is from its beginning."""
+    run = WrittenRun(tmp_path / "run")
+    run.begin()
+    run.commit()
+    Mirror(tmp_path / "run", Store(OBJECTS)).round()
+    run.commit(2)
+    run.end()
+    assert mirror.upload(tmp_path / "run", OBJECTS).missing == ()
+    assert FaultyStore.files() == files(tmp_path / "run")
+
+
+def test_a_session_has_one_identity_from_its_first_manifest_to_its_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+    write = store.write_manifest
+
+    def noting(directory: Path, made: Any) -> None:
+        write(directory, made)
+        written.append((directory / "manifest.json").read_bytes())
+
+    monkeypatch.setattr(store, "write_manifest", noting)
+    command = ["run", "--engine", "NULL", "--random_isl", "4", "--num_requests", "2"]
+    assert main([*command, "--output_length", "4", "--save_dir", str(tmp_path / "run")]) == 0
+    assert [json.loads(text)["status"] for text in written] == ["running", "complete"]
+    (key,) = mirror._session_keys(written[0])
+    assert mirror._session_keys(written[-1]) == [key]
 
 
 def test_objects_that_keep_vanishing_are_told(tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ def test_what_is_said_of_break_even() -> None:
     assert "more than once" in said((1, figure(2)), (2, figure(0.5)), (4, figure(2)))
     assert said((1, figure(None))) == "n/a: none was made."
     assert "not significant at 8" in said((8, figure(1.1)), unsure=["8"])
+    lone = break_even_sentence(crossing("", "E", 3, ((1, figure(4)),)), untold=["1"])
+    assert "At 1 it has no interval" in lone
 
 
 # --- frontier -------------------------------------------------------------------------------------
@@ -183,7 +185,8 @@ def test_user_tps_is_the_mean_over_conversations_with_students_interval(tmp_path
     sd = math.sqrt(((200 - mean) ** 2 + (100 - mean) ** 2 + (50 - mean) ** 2) / 2)
     half = T_2 * sd / math.sqrt(3)
     assert found.value == pytest.approx(mean, rel=1e-9)
-    assert found.interval == (pytest.approx(mean - half), pytest.approx(mean + half))
+    off = math.exp(half / mean)  # on the logarithm, by the delta method
+    assert found.interval == (pytest.approx(mean / off), pytest.approx(mean * off))
     # Repeats: conversations averaged over them, and what the runs differ by is added.
     again = user_tps([arm_run(tmp_path / "b", (10, 20, 40)), arm_run(tmp_path / "c", (20, 40, 80))])
     assert again.value == pytest.approx(0.75 * mean, rel=1e-9)
@@ -291,6 +294,26 @@ def test_k_that_noise_hides_are_listed(tmp_path: Path) -> None:
     assert best.ratio.interval[0] < 1 < best.ratio.interval[1]
 
 
+def test_k_that_cannot_be_held_against_the_best_are_listed(tmp_path: Path) -> None:
+    """K = 1 failed where K = 3 did not, and the other way round; the run of K = 5 has no throughput
+    of its own: none of them may vanish from the choice."""
+    runs = []
+    for k, names in ((0, "abcd"), (1, "ab"), (3, "cd"), (5, "abcd")):
+        records = [
+            conversation(name, "a", turn(f"{name}.0", [1] + [k + 1] * 6, step_ns=(20 - k) * MS))
+            for name in names
+        ]
+        about: dict[str, Any] = {"sessions": [session(ended_ns=None)]} if k == 5 else {}
+        runs.append(stored(tmp_path / str(k), records, draft_length=k, **about))
+    user, output = pareto(grouped(runs)).best
+    assert (user.best, user.of, user.draft_lengths) == (5, "user TPS", (0, 1, 3, 5))
+    assert user.untold == ()
+    assert (output.of, output.draft_lengths) == ("output TPS", (0, 1, 3, 5))
+    assert set(output.untold) == {0, 1, 3, 5} - {output.best}
+    user, _ = pareto(grouped(runs[:3])).best
+    assert (user.best, user.runner_up, user.untold) == (3, 0, (1,))
+
+
 def test_repeats_give_break_even_an_interval(tmp_path: Path) -> None:
     """Every arm's second run is 10 % faster: its ratios to the baseline are the same in both."""
     found = pareto(sweep_runs(tmp_path, repeats=2, wobble=0.1))
@@ -302,7 +325,7 @@ def test_repeats_give_break_even_an_interval(tmp_path: Path) -> None:
     half = T_1 * sd / math.sqrt(2)
     assert found.points[0].output_tps.value == pytest.approx(mean)
     assert found.points[0].output_tps.interval == (
-        pytest.approx(mean - half), pytest.approx(mean + half),
+        pytest.approx(mean / math.exp(half / mean)), pytest.approx(mean * math.exp(half / mean)),
     )  # fmt: skip
     best = {(one.concurrency, one.of): one for one in found.best}[1, "output TPS"]
     assert (best.best, best.alike, best.untold) == (3, (), ())

@@ -19,7 +19,7 @@ from rich.console import Console
 from speedbench import stats, store
 from speedbench.report import as_json, console, html, layout, markdown
 from speedbench.report.arms import grouped
-from speedbench.report.blocks import Block
+from speedbench.report.blocks import Block, Column, Table
 from speedbench.report.document import document
 from speedbench.report.summary import Resamples, Summary, summarize, summarize_repeats
 from speedbench.store import Run
@@ -223,6 +223,50 @@ def test_narrower_than_its_tables_a_terminal_still_gets_whole_numbers(tmp_path: 
     assert sorted(numbers.findall(narrow)) == sorted(numbers.findall(wide))
 
 
+WIDE = Table(
+    (
+        Column("Arm", words=True),
+        Column("User TPS\n(tokens/s)"),
+        Column("95 % interval"),
+        Column("Saved"),
+        Column("Output TPS\n(tokens/s)"),
+        Column("95 % interval"),
+    ),
+    (
+        ("EAGLE3 K=3", "101.5000", "100.2500-102.7500", "0.77 (0.71 to 0.82)", "1349.1250",
+         "1300.1250-1398.1250"),
+        ("with\na break", "201.5000", "200.2500-202.7500", "n/a", "2349.1250", "n/a"),
+    ),
+    ("a note",),
+)  # fmt: skip
+
+
+def test_a_table_that_is_too_wide_puts_intervals_below_their_values() -> None:
+    lines = printed(lambda out: console.draw([WIDE], out), 70).splitlines()
+    assert max(map(len, lines)) <= 70
+    assert len([line for line in lines if "Arm" in line]) == 1  # still one table
+    row = next(i for i, line in enumerate(lines) if "EAGLE3 K=3" in line)
+    for value, interval in (
+        ("101.5000", "100.2500-102.7500"),
+        ("0.77", "(0.71 to 0.82)"),
+        ("1349.1250", "1300.1250-1398.1250"),
+    ):
+        value_ends = lines[row].index(value) + len(value)
+        assert lines[row + 1].index(interval) + len(interval) == value_ends
+    assert "with a break" in "\n".join(lines)  # the data's own line breaks make no line
+
+
+def test_a_table_that_is_still_too_wide_comes_in_parts_with_their_first_column() -> None:
+    text = printed(lambda out: console.draw([WIDE], out), 34)
+    assert max(map(len, text.splitlines())) <= 34
+    assert text.count("EAGLE3 K=3") == text.count("Arm") == 3
+    for number in re.findall(r"[\d.]{4,}", " ".join(cell for row in WIDE.rows for cell in row)):
+        assert number in text
+    assert text.count("a note") == 1
+    roomy = printed(lambda out: console.draw([WIDE], out), 140)
+    assert re.search(r"101\.5000 . 100\.2500-102\.7500", roomy)
+
+
 def test_the_published_layout_is_recognisable(tmp_path: Path) -> None:
     text = shown(arm(tmp_path / "r", 3))
     places = [
@@ -236,7 +280,7 @@ def test_the_published_layout_is_recognisable(tmp_path: Path) -> None:
             "Overall Average",
             "al_specdec_bench",
             "As published",
-            "Output TPS ",
+            "Output TPS, steady",
             "Output TPS/gpu",
             "E2E Request",
             "TTFT Time",
@@ -569,12 +613,16 @@ def test_a_terminal_is_spared_the_details_of_many_arms(tmp_path: Path) -> None:
     for title in (
         "Details: baseline",
         "Details: EAGLE3 K=4",
-        "Speedup of EAGLE3 K=2 over the base",
+        "Speedup by category, arm by arm",
+        "Losslessness in numbers",
     ):
         assert title in text.split("Not shown here")[1]
         assert f"## {title}" in written
     assert "As published" not in text
-    assert "Speedup over baseline" in text
+    assert "## Speedup of EAGLE3 K=2 over the base" in written
+    assert "Speedup of EAGLE3 K=2" not in text
+    places = [written.index(f"\n## {title}\n") for title in ("Speedup", "Losslessness", "Arms")]
+    assert places == sorted(places)
 
 
 def test_weights_are_shared_and_stay_what_they_were() -> None:

@@ -11,9 +11,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
-from speedbench import session, store
+from speedbench import series, session, store
 from speedbench.cli import main
 from speedbench.config import RunConfig
 from tests.launchers import MPIRUN, ROOT, clean_environment, mpirun
@@ -289,6 +291,84 @@ def test_repeats_of_a_sweep_and_its_growth(tmp_path: Path) -> None:
     assert "16 run(s), of which 12 are complete; 2 engine start(s)" in err
     assert len(runs_in(d)) == 16
     assert before == {name: (d / name / "manifest.json").read_bytes() for name in before}
+
+
+def test_what_was_damaged_in_a_complete_run_is_measured_again_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    d = tmp_path / "d"
+    command = ("sweep", *SMALL, "--grid", "concurrency=1,4", "--save_dir", str(d))
+    counted(tmp_path / "log", *command)
+    run = d / "draft_target-k3-c4"
+    rows = store.load(run).turns
+    for folder in ("turns", "steps"):  # in two parts, the second of which a disk garbles
+        table = pq.read_table(run / folder / "00000.parquet")
+        second = pc.is_in(table["request_id"], rows["request_id"].slice(7).combine_chunks())
+        pq.write_table(table.filter(pc.invert(second)), run / folder / "00000.parquet")
+        pq.write_table(table.filter(second), run / folder / "00001.parquet")
+    log, _ = counted(tmp_path / "log", *command, "--resume")
+    assert log == []
+    (run / "turns/00001.parquet").write_bytes(b"PAR1")
+    log, err = counted(tmp_path / "log", *command, "--resume")
+    assert "of which 1 are complete" in err
+    assert "draft_target-k3-c4: 5 of 5 conversations" in err
+    assert set(conversations(run).values()) == {1}
+    assert len(conversations(run)) == 12
+
+
+def test_empty_folders_that_a_copy_left_out_are_made_again(tmp_path: Path) -> None:
+    """As an object store does: a run that was killed before its first part."""
+    d = tmp_path / "d"
+    command = ("sweep", *SMALL, "--save_dir", str(d))
+    counted(tmp_path / "log", *command)
+    run = d / "draft_target-k3-c1"
+    for folder in ("turns", "steps"):
+        (run / folder / "00000.parquet").unlink()
+        (run / folder).rmdir()
+    counted(tmp_path / "log", *command, "--resume")
+    assert len(conversations(run)) == 12
+
+
+def test_what_could_not_be_measured_may_be_mended_and_what_was_may_not(tmp_path: Path) -> None:
+    d, wrong, right = tmp_path / "d", tmp_path / "wrong.yaml", tmp_path / "right.yaml"
+    wrong.write_text("engine_args: {acceptance: 7}")
+    right.write_text("engine_args: {acceptance: 0.7}")
+    command = ("sweep", *SMALL, "--grid", "concurrency=1,4", "--save_dir", str(d))
+    _, err = counted(tmp_path / "log", *command, "--runtime_params", str(wrong), code=1)
+    assert "2 run(s) could not be measured" in err
+    counted(tmp_path / "log", *command, "--resume", "--runtime_params", str(right))
+    assert len(runs_in(d)) == 2
+    kept = series.read(d)
+    assert kept is not None
+    assert kept.not_measured == {}
+    assert {cell.config.engine_args["acceptance"] for cell in kept.cells} == {0.7}
+    _, err = counted(tmp_path / "log", *command, "--resume", "--runtime_params", str(wrong), code=2)
+    assert "was measured with --engine_args" in err
+
+
+def test_a_run_without_its_manifest_is_neither_measured_into_nor_in_the_others_way(
+    tmp_path: Path,
+) -> None:
+    d = tmp_path / "d"
+    command = ("sweep", *SMALL, "--grid", "draft_length=1,3", "--save_dir", str(d))
+    counted(tmp_path / "log", *command)
+    run = d / "draft_target-k1-c1"
+    (run / "manifest.json").unlink()
+    parts = {path: path.read_bytes() for path in run.rglob("*.parquet")}
+    log, err = counted(tmp_path / "log", *command, "--resume", code=1)
+    assert log == []  # no engine is started for it
+    assert "holds something, but no manifest.json" in err
+    assert parts == {path: path.read_bytes() for path in run.rglob("*.parquet")}
+
+
+@pytest.mark.parametrize("command", ["sweep", "run"])
+def test_what_a_killed_beginning_leaves_is_in_nobodys_way(command: str, tmp_path: Path) -> None:
+    d = tmp_path / "d"
+    d.mkdir()
+    for name in (".lock", ".sweep.json.tmp"):
+        (d / name).touch()
+    counted(tmp_path / "log", command, *SMALL, "--repeat", "2", "--save_dir", str(d))
+    assert len(runs_in(d)) == 2
 
 
 def test_prompts_are_encoded_once_for_all_cells_that_ask_the_same(

@@ -264,6 +264,9 @@ def test_welch_degrees_by_hand() -> None:
     assert stats.welch_degrees(np.zeros(3), np.array([1.0, 2.0, 3.0])) == pytest.approx(6)
     assert stats.welch_degrees(np.array([1.0, 3.0]), np.full(2, 2.0)) == pytest.approx(4)
     assert stats.welch_degrees(np.array([1.0, 5.0]), np.full(2, 2.0)) == pytest.approx(36 / 6.5 - 2)
+    # Published: 20 and 24 values, standard errors .0671111 and .1221422, Welch's degrees 36.2258.
+    of_two = stats.welch_degrees(np.array([0.0671111, 0.1221422]) ** 2, np.array([19.0, 23.0]))
+    assert of_two == pytest.approx(36.2258, abs=1e-4)
 
 
 def test_mean_over_categories_is_of_those_that_are_there() -> None:

@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import engines
+import engines.null
 from speedbench import series, session, sweep
 from speedbench.cli import main
 from speedbench.config import RunConfig, from_dict
@@ -219,6 +221,28 @@ def test_an_engine_that_cannot_forget_is_started_anew(more: dict[str, Any], alon
     assert len(starts(found)) == (2 if alone else 1)
 
 
+def test_what_an_engine_keeps_is_asked_of_its_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy_and_not = cells(NULL, grid={"temperature": [0, 1]})
+    cached = cells({**NULL, "prefix_cache": True}, grid={"concurrency": [1, 8]})
+    drafted = cells(DRAFTS, grid={"concurrency": [1, 8]})
+    for name, value, found in (
+        ("samples_as_started", True, greedy_and_not),
+        ("forgets_prompts", False, cached),
+        ("remembers", ("DRAFT_TARGET",), drafted),
+    ):
+        assert len(starts(found)) == 1
+        monkeypatch.setattr(engines.null.NullEngine, name, value)
+        assert len(starts(found)) == 2, name
+        monkeypatch.undo()
+
+
+def test_every_adapter_says_what_it_keeps() -> None:
+    for name in engines.ADAPTERS:
+        adapter = engines.adapter(name)
+        assert set(adapter.remembers) <= set(adapter.algorithms)
+        assert {type(adapter.forgets_prompts), type(adapter.samples_as_started)} == {bool}
+
+
 def test_what_is_set_at_the_start_is_a_start_of_its_own() -> None:
     for name, values in (
         ("max_seq_len", [128, 256]),
@@ -306,6 +330,25 @@ def test_a_second_drafter_of_the_same_name_is_no_change() -> None:
     ]  # fmt: skip
 
 
+def test_a_value_that_ends_like_a_repeat_is_no_other_cells_repeat() -> None:
+    """Such as a run of another sweep, whose replies are the history."""
+    base = {**NULL, "dataset": "jsonl"}
+    del base["random_isl"]
+    found = cells(
+        base, grid={"dataset_path": ["/a/base", "/a/base-run2", "/a/base_run2", "x.json"]}
+    )
+    runs = plan(found, 3).runs()
+    assert len({run.name for run in runs}) == len(runs) == 12
+    assert not any(cell.name.endswith((".json", "-run2")) for cell in found)
+
+
+def test_long_values_make_no_long_names() -> None:
+    found = cells(NULL, grid={"category": ["a" * 300, "a" * 299 + "b"]})
+    first, second = (cell.name for cell in found)
+    assert first != second
+    assert len(first) == 150
+
+
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     found = cells(DRAFTS, grid={"concurrency": [1, 8], "draft_length": [1, 3]}, baseline=True)
     spec = spec_of({"base": DRAFTS, "grid": {"concurrency": [1, 8]}, "repeat": 2}, "x")
@@ -330,6 +373,14 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         ("{", "sweep.json"),
         ('{"format": 9}', "format 9"),
         ('{"format": 1}', "cells"),
+        ('{"format": null}', "lacks a format"),
+        ("[" * 100_000, "restore"),
+        (json.dumps({**stored, "not_measured": ["a"]}), "restore"),
+        (json.dumps({**stored, "spec": "abc"}), "restore"),
+        (json.dumps({**stored, "cells": [{**stored["cells"][0], "values": ["x"]}]}), "restore"),
+        (json.dumps({**stored, "cells": [{**stored["cells"][0], "name": "../x"}]}), "../x"),
+        (json.dumps({**stored, "cells": [{**stored["cells"][0], "name": 5}]}), "restore"),
+        (json.dumps(stored).replace('"NULL"', '"NIL"'), "NIL"),
     ):
         (tmp_path / "sweep.json").write_text(text)
         with pytest.raises(UserError, match=word):
@@ -386,6 +437,18 @@ YAML_MISTAKES: dict[str, tuple[str, list[str]]] = {
     "repeat": ("repeat: 0", ["repeat", "0"]),
     "a name that is a path": ("cells: [{name: ../x}]", ["../x"]),
     "a name of ours": ("cells: [{name: a-run2}]", ["a-run2"]),
+    "a name of a file": ("cells: [{name: sweep.json}]", ["sweep.json"]),
+    "a name of a run's parts": ("cells: [{name: turns}]", ["turns"]),
+    "a name that no disk takes": (f"cells: [{{name: {'a' * 151}}}]", ["at most 150"]),
+    "no finite number": ("base: {engine_args: {acceptance: .nan}}", ["no JSON", "finite"]),
+    "no finite number in a cell": ("cells: [{engine_args: {step_ms: .inf}}]", ["finite"]),
+    "a date": ("base: {engine_args: {revision: 2020-01-01}}", ["date", "quotes"]),
+    "bytes": ("base: {engine_args: {a: !!binary /9j/}}", ["bytes"]),
+    "a loop": ("base: {engine_args: &a {b: *a}}", ["Circular"]),
+    "a huge grid": (
+        "grid: {seed: [%s], top_k: [%s]}" % ((",".join(map(str, range(101))),) * 2),
+        ["10201 combinations", "10000"],
+    ),
     "python": ("base: !!python/object/apply:os.system ['true']", ["python/object"]),
     "no YAML": ("grid: [", ["YAML"]),
     "two cells of a name": (
@@ -420,6 +483,7 @@ def test_a_mistake_in_the_file_is_one_sentence(
         (["--grid", "concurrency=1,,8"], ["concurrency=1,,8"]),
         (["--grid", "concurrency=1", "--grid", "concurrency=2"], ["given twice"]),
         (["--grid", "colour=1"], ["colour"]),
+        (["--grid", "concurrency=1,8", "--concurrency", "4"], ["--concurrency 4", "grid"]),
         (["--grid", "shard=0/2,1/2"], ["shard", "whole sweep"]),
         (["--resume"], ["--save_dir"]),
         (["--resume", "--save_dir", "nowhere"], ["sweep.json"]),

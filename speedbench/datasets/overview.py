@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +61,6 @@ class Overview:
     sha256: str
     parts: tuple[Part, ...]
     total: Part
-    lengths: Mapping[str, tuple[int, ...]]
-    """Category -> tokens of each of its rows; empty without a tokenizer."""
     over: tuple[tuple[str, str, int], ...]
     """Rows longer than the limit, the longest first: (id, category, tokens)."""
 
@@ -108,9 +106,17 @@ def overview(path: Path, lengths: Lengths | None = None, limit: int | None = Non
         sha256,
         tuple(_part(c, rows, ids, tokens, limit) for c, ids in members.items()),
         _part("all", rows, range(len(rows)), tokens, limit),
-        {c: tuple(tokens[i] for i in ids) for c, ids in members.items()} if tokens else {},
         tuple(sorted(over, key=lambda row: -row[2])),
     )
+
+
+def built_by(found: Overview) -> Path | None:
+    """The report of `data select` or `data bucket` that names these very rows, if there is one."""
+    for folder in (found.path.parent, found.path.parent.parent):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if found.sha256 in (folder / "report.json").read_text(encoding="utf-8"):
+                return folder / "report.json"
+    return None
 
 
 def _part(
@@ -155,28 +161,3 @@ class Lengths:
         replies = {row.id: ("",) * (row.n_turns - 1) for row in rows}
         for turns in self._encoder.encode_all_turns_frozen(rows, replies):
             yield len(turns[-1])
-
-
-def figure(found: Overview, limit: int | None) -> str:
-    """The token lengths of every category as an SVG: a box each, whiskers from end to end."""
-    from matplotlib.figure import Figure  # no pyplot: it would look for a display
-
-    names = list(found.lengths)
-    labels = [name.replace("$", r"\$") for name in names]  # matplotlib would read mathematics
-    drawing = Figure(figsize=(8, 0.8 + 0.32 * len(names)), layout="constrained")
-    axes = drawing.subplots()
-    axes.boxplot(
-        [found.lengths[name] for name in names],
-        orientation="horizontal",
-        whis=(0, 100),
-        tick_labels=labels,
-        medianprops={"color": "black"},
-    )
-    axes.invert_yaxis()
-    axes.set_xlabel("tokens of the longest prompt of a row")
-    if limit is not None:
-        axes.axvline(limit, color="firebrick", linestyle="--")
-    axes.grid(axis="x", alpha=0.3)
-    buffer = io.StringIO()
-    drawing.savefig(buffer, format="svg", metadata={"Date": None})
-    return "<svg" + buffer.getvalue().partition("<svg")[2]

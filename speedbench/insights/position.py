@@ -14,11 +14,14 @@ import numpy as np
 
 from speedbench import metrics
 from speedbench.columns import Floats, Ints
-from speedbench.insights.figures import figure
+from speedbench.insights import rates
+from speedbench.insights.figures import LONE, figure
 from speedbench.insights.steps import Measured, Steps, Tokens
 from speedbench.report.summary import Figure
 
 THINKING, ANSWER, UNDIVIDED = range(3)
+LONE_CATEGORY = f"{LONE}: a category has a single one"
+"""It is drawn in every resample, so that the spread of its kind would be taken for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ def sliced(of: Measured, group: Ints, labels: Sequence[str]) -> tuple[Slice, ...
     present = (whole + cut).sum(axis=2) > 0  # (C', G)
     once = np.ones((1, len(weights[0])))
     k = steps.draft_length
+    lone = rates.lone(steps.conversations)[steps.conversations.category]  # (C',)
     found = []
     for g, label in enumerate(labels):
         members = present[:, g]
@@ -137,7 +141,8 @@ def sliced(of: Measured, group: Ints, labels: Sequence[str]) -> tuple[Slice, ...
         here, samples = als(g, rows)
         unknown = "a position was reached only by steps that the end of a request cut off"
         why = unknown if len(rows) else "no step"
-        value = figure(here, samples, degrees, lowest=1, highest=k + 1, why_not=why)
+        none = LONE_CATEGORY if (lone & members).any() else ""
+        value = figure(here, samples, degrees, lowest=1, highest=k + 1, why_not=why, why_none=none)
         if g == 0:
             first = value
             difference = Figure(None, why_not="the first slice itself")
@@ -146,10 +151,14 @@ def sliced(of: Measured, group: Ints, labels: Sequence[str]) -> tuple[Slice, ...
             base, base_samples = als(0, paired)
             paired_degrees = steps.conversations.degrees(also_first)
             why = unknown if len(paired) else "no conversation has steps in both"
-            first = figure(base, base_samples, paired_degrees, lowest=1, highest=k + 1, why_not=why)
+            none = LONE_CATEGORY if (lone & also_first).any() else ""
+            first = figure(
+                base, base_samples, paired_degrees,
+                lowest=1, highest=k + 1, why_not=why, why_none=none,
+            )  # fmt: skip
             difference = figure(
                 same - base, same_samples - base_samples, paired_degrees,
-                why_not=why, lowest=-k, highest=k,
+                lowest=-k, highest=k, why_not=why, why_none=none,
             )  # fmt: skip
         n_steps = int((whole[:, g] + cut[:, g]).sum())
         found.append(Slice(label, int(members.sum()), n_steps, value, first, difference))

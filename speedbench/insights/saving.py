@@ -18,7 +18,7 @@ from speedbench.insights.figures import figure, of_repeats
 from speedbench.insights.pairing import beside_speculation
 from speedbench.insights.steps import Conversations, conversations_of
 from speedbench.report.arms import Arm
-from speedbench.report.summary import Figure
+from speedbench.report.summary import Figure, Resamples
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,9 @@ class Saving:
 
 def savings(arms: Sequence[Arm]) -> tuple[Saving, ...]:
     """Every speculative arm against the baseline that differs from it in speculation alone."""
+    resamples = Resamples()
     return tuple(
-        saving(base, arm)
+        saving(base, arm, resamples)
         for arm in arms
         if not arm.is_baseline
         for base in arms
@@ -50,7 +51,7 @@ def savings(arms: Sequence[Arm]) -> tuple[Saving, ...]:
     )
 
 
-def saving(base: Arm, arm: Arm) -> Saving:
+def saving(base: Arm, arm: Arm, resamples: Resamples | None = None) -> Saving:
     mine, theirs = _decoding(arm), _decoding(base)
     of_base = {name: i for i, name in enumerate(theirs.conversations.ids)}
     rows = [
@@ -74,7 +75,7 @@ def saving(base: Arm, arm: Arm) -> Saving:
         mine.conversations.categories,
         mine.conversations.category[here],
     )
-    weights = conversations.weights()
+    weights = (resamples or Resamples()).weights(conversations.category)
     everyone = np.ones(len(here), bool)
     degrees = 0 if rates.lone(conversations).any() else conversations.degrees(everyone)
     samples_would, samples_saved = weights @ would, weights @ (would - took)

@@ -15,6 +15,7 @@ from speedbench import metrics, stats
 from speedbench.checks import LOOKUP
 from speedbench.columns import Bools, Floats, Ints
 from speedbench.report.arms import Arm
+from speedbench.report.summary import Resamples
 from speedbench.store import Run
 
 
@@ -161,15 +162,13 @@ class Measured:
 
 def measured(arms: Sequence[Arm]) -> tuple[Measured, ...]:
     """Arms that asked the same conversations share their weights, which are costly to draw."""
-    drawn: dict[bytes, Floats] = {}
+    resamples = Resamples()
     found = []
     for arm in arms:
         steps = steps_of(arm)
-        key = steps.conversations.category.tobytes()
-        if key not in drawn:
-            drawn[key] = steps.conversations.weights()
         tokens = tuple(tokens_of(run) for run in arm.runs)
-        found.append(Measured(arm, steps, tokens, drawn[key]))
+        weights = resamples.weights(steps.conversations.category)
+        found.append(Measured(arm, steps, tokens, weights))
     return tuple(found)
 
 

@@ -139,7 +139,7 @@ def _wrong_vocabulary(steps: Steps, tokens: Sequence[Tokens], vocabulary: DraftV
     for number, one in enumerate(tokens):
         mine = steps.run == number
         # Of a step that showed n tokens, n - 1 at least were drafted (none, if it was plain).
-        first, count = steps.first_token[mine], steps.n_shown[mine] - 1
+        first, count = steps.first_token[mine], np.maximum(steps.n_shown[mine] - 1, 0)
         accepted = one.ids[_ranges(first, count)]
         n_accepted += len(accepted)
         n_wrong += int(vocabulary.lacks(accepted).sum())

@@ -13,8 +13,9 @@ from speedbench.report.merge import merged
 from speedbench.store import Run
 from speedbench.types import UserError
 
-NOT_IDENTITY = frozenset({"save_dir", "show_progress", "max_duration", "shard"})
-"""Configuration fields in which repeats of one arm may differ."""
+NOT_IDENTITY = frozenset({"save_dir", "show_progress", "max_duration"})
+"""Configuration fields in which repeats of one arm may differ. Not the shard: two shards of one run
+asked different rows, and neither repeats the other."""
 
 OF_DRAFTING = ("draft_length", "draft_sample_method", "block_size")
 """Configuration fields that mean nothing where nothing is drafted."""
@@ -120,6 +121,7 @@ LABELLED = (
     ("random ISL", "random_isl"),
     ("configuration", "speed_config"),
     ("output length", "output_length"),
+    ("shard", "shard"),
 )
 """Configuration fields that a label names where arms differ in them, by the words it uses."""
 

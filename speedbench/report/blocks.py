@@ -93,6 +93,8 @@ class Series:
     """Values (n,) over places (n,), with 95 % intervals where given; `names` tells points apart.
 
     A value that is not known is NaN and is not drawn.
+
+    bounds  what low and high are, where they are no 95 % intervals
     """
 
     label: str
@@ -102,6 +104,7 @@ class Series:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     names: tuple[str, ...] = ()
+    bounds: str = "95 %"
 
 
 @dataclass(frozen=True, slots=True)

@@ -465,12 +465,16 @@ _TERMS = (
         "how much depends on the choice of conversations. Of one run's numbers: stratified cluster "
         "bootstrap (whole conversations drawn again within their category), percentile bounds, "
         "widened by Student's t where conversations are few. Of comparisons: Student's t over "
-        "conversations, on logarithms for ratios, acceptance lengths by the jackknife. Where a "
-        "number can vary from run to run only, over repeats",
+        "conversations, on logarithms for ratios, acceptance lengths by the jackknife. Of a "
+        "share of identical outputs: Wilson's. Of AL along the answer, draft vocabularies, "
+        "experts and savings: Student's t around the value with the bootstrap's standard error. "
+        "Where a number can vary from run to run only, such as output TPS: Student's t over "
+        "repeats. In a sweep, and in the total of a comparison of repeated runs, both spreads "
+        "are joined, so that it is wider than over conversations alone",
         "",
         "",
         "Rao & Wu 1988, JASA 83:231-241; Hesterberg 2015, The American Statistician 69:371-386; "
-        "how often each holds the truth: docs/coverage.md",
+        "Wilson 1927, JASA 22:209-212; how often each holds the truth: docs/coverage.md",
         (
             "95% interval",
             "interval",
@@ -478,14 +482,34 @@ _TERMS = (
             "95 %",
             "95 % from",
             "95 % to",
-            "without an interval",
         ),
+    ),
+    Term(
+        "no_interval",
+        "Without an interval",
+        "its interval cannot be told, mostly because a single run has one number of it; whether it "
+        "differs is not known, which is not the same as alike",
+        aliases=("not known",),
+    ),
+    Term(
+        "not_told_apart",
+        "Not told apart from the best",
+        "the 95 % interval of the ratio to the best contains 1: these draft lengths may be as good",
+        aliases=("not told apart",),
+    ),
+    Term(
+        "wilson",
+        "Wilson interval",
+        "95 % interval of a share, which stays within 0 and 1 and is not empty where all or none "
+        "are alike; comparisons of one conversation count as fewer than they are, as far as they "
+        "agree with one another",
+        source="Wilson 1927, JASA 22:209-212",
     ),
     Term(
         "not_significant",
         "Not significant (ns)",
         "the 95 % interval of a ratio contains 1",
-        aliases=("ns", "significant", "not significant", "not told apart from the best"),
+        aliases=("ns", "significant", "not significant"),
     ),
     Term(
         "between_run",
@@ -573,7 +597,8 @@ _TERMS = (
         "pareto",
         "On the frontier",
         "no other arm of the same kind (with, or without speculation) beats it in both user TPS "
-        "and output TPS",
+        "and output TPS; output TPS is told per GPU, or of the whole engine where it used no GPU, "
+        "as the axis and the header say",
         aliases=("pareto", "pareto curve", "frontier"),
     ),
     Term(
@@ -588,7 +613,8 @@ _TERMS = (
     Term(
         "runner_up",
         "Next / best",
-        "TPS of the second-best draft length over that of the best",
+        "TPS of the second-best draft length over that of the best, whichever TPS the line is by",
+        aliases=("next",),
     ),
     # ------------------------------------------------------------ insights
     Term(

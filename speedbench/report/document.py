@@ -34,6 +34,8 @@ from speedbench.types import UserError
 MANY_ARMS = 3
 """More arms than this are compared in parts that a page folds away."""
 
+BY_CATEGORY = "tokens per decode step; Overall: the mean over the categories, n/a if one is"
+
 
 @dataclass(frozen=True, slots=True)
 class Told:
@@ -68,9 +70,10 @@ def document(arms: Sequence[Arm], insights: Iterable[Block] = ()) -> Iterator[Bl
     found = compared(arms) if len(arms) > 1 else Compared((), {})
     yield from _top(each, found)
     if len(each) > 1:
-        yield from _overview(each)
         yield from _speedups(found)
         yield from layout_pareto.of_sweep(arms, _samples(arms, found))
+        yield from _same_outputs(found)
+        yield from _overview(each)
     yield from insights
     for i, one in enumerate(each, 1):
         inside = tuple(_details(one, f"arm-{i}-"))
@@ -86,11 +89,35 @@ def _top(each: Sequence[Told], found: Compared) -> Iterator[Block]:
     yield Heading(f"speedbench: {arms}, {n_runs} runs", 1)
     if any(one.arm.manifest["engine"].get("simulated") for one in each):
         yield Paragraph(layout.NOT_A_MEASUREMENT, "error")
-    yield Facts(tuple((one.arm.label, _recorded(one), "plain") for one in each))
-    yield from layout.checks(list(_doubts(each, found)))
+    yield from _what_ran(each)
+    together = {
+        "every arm": [one.arm.label for one in each],
+        "every arm against its baseline": [
+            _against(comparison, pair) for comparison in found.comparisons
+            for pair in comparison.arms
+        ],
+    }  # fmt: skip
+    yield from layout.checks(list(_doubts(each, found)), together)
     yield layout.provenance(
         {name: run for one in each for name, run in _named(one)},
     )
+    if len(each) > MANY_ARMS:
+        recorded = Facts(tuple((one.arm.label, _recorded(one), "plain") for one in each))
+        yield Section("What was recorded, arm by arm", (recorded,), long=True)
+
+
+def _what_ran(each: Sequence[Told]) -> Iterator[Block]:
+    """Of each arm; of many, what they share, and those of which something is missing."""
+    if len(each) <= MANY_ARMS:
+        yield Facts(tuple((one.arm.label, _recorded(one), "plain") for one in each))
+        return
+    first, *others = (layout.title_parts(one.whole) for one in each)
+    shared = [part for part in first if all(part in other for other in others)]
+    if shared:
+        yield Paragraph(f"In every arm: {', '.join(shared)}.")
+    lacking = [o for o in each if o.whole.n_failed or o.whole.manifest["status"] != "complete"]
+    if lacking:
+        yield Facts(tuple((one.arm.label, _recorded(one), "warning") for one in lacking))
 
 
 def _recorded(one: Told) -> str:
@@ -116,8 +143,12 @@ def _doubts(each: Sequence[Told], found: Compared) -> Iterator[tuple[str, Sequen
             yield name, [check for check in run.checks if check not in common]
     for comparison in found.comparisons:
         for pair in comparison.arms:
-            name = f"{pair.arm.label} against {comparison.base.label}"
-            yield name, [check for check in pair.checks if check not in own]
+            own_checks = [check for check in pair.checks if check not in own]
+            yield _against(comparison, pair), own_checks
+
+
+def _against(comparison: Comparison, pair: ArmComparison) -> str:
+    return f"{pair.arm.label} against {comparison.base.label}"
 
 
 # ---------------------------------------------------------------- arms beside each other
@@ -158,21 +189,26 @@ def _samples(arms: Sequence[Arm], found: Compared) -> list[Sample]:
 
 
 def _speedups(found: Compared) -> Iterator[Block]:
-    """What each comparison shows, and whether the outputs are still the same."""
+    """What each comparison shows: all arms beside each other, and then each of them."""
     for label, why in found.not_compared.items():
         yield Paragraph(f"{label} is held against no baseline: {why}.", "warning")
     n_arms = sum(len(comparison.arms) for comparison in found.comparisons)
-    for comparison in found.comparisons:
-        for heading, blocks in _parts(layout_compare.of_comparison(comparison)):
-            if heading.text == "Arms":  # of this base: the report has others
-                heading = Heading(f"Speedup over {comparison.base.label}")
-            if n_arms > MANY_ARMS and heading.text.startswith("Speedup of "):
-                yield Section(heading.text, tuple(blocks), in_place=True, long=True)
-            else:
-                yield heading
-                yield from blocks
-    for comparison in found.comparisons:
-        yield from _same_outputs(comparison, len(found.comparisons) > 1)
+    if n_arms > 1:
+        yield Heading("Speedup")
+        yield from layout_compare.of_arms(found.comparisons)
+    each = [
+        part
+        for comparison in found.comparisons
+        for part in _parts(layout_compare.of_comparison(comparison))
+        if part[0].text != "Arms"
+    ]
+    if n_arms > MANY_ARMS:
+        folded = tuple(Section(head.text, tuple(blocks), in_place=True) for head, blocks in each)
+        yield Section("Speedup by category, arm by arm", folded, in_place=True, long=True)
+        return
+    for heading, blocks in each:
+        yield heading
+        yield from blocks
 
 
 def _parts(blocks: Iterable[Block]) -> Iterator[tuple[Heading, list[Block]]]:
@@ -186,19 +222,26 @@ def _parts(blocks: Iterable[Block]) -> Iterator[tuple[Heading, list[Block]]]:
     yield from parts
 
 
-def _same_outputs(comparison: Comparison, several: bool) -> Iterator[Block]:
+def _same_outputs(found: Compared) -> Iterator[Block]:
     """The verdict on every arm, and then the numbers, folded away where arms are many."""
-    found = [(one.arm.label, _losslessness(comparison, one)) for one in comparison.arms]
-    for heading, blocks in _parts(layout_lossless.of_losslessness(found)):
-        against = f": against {comparison.base.label}" if several else ""
-        yield Heading(heading.text + against)
-        verdicts, numbers = blocks[: len(found)], blocks[len(found) :]
-        yield from verdicts
-        if len(found) > MANY_ARMS:
-            title = f"{heading.text} in numbers{against}"
-            yield Section(title, tuple(numbers), in_place=True, long=True)
-        else:
-            yield from numbers
+    each = [
+        (comparison, [(one.arm.label, _losslessness(comparison, one)) for one in comparison.arms])
+        for comparison in found.comparisons
+    ]
+    if not each:
+        return
+    yield Heading(layout_lossless.TITLE)
+    n_arms = sum(len(outputs) for _, outputs in each)
+    yield from layout_lossless.verdicts([one for _, outputs in each for one in outputs])
+    numbers: list[Block] = []
+    for comparison, outputs in each:
+        if len(each) > 1:
+            numbers.append(Heading(f"Against {comparison.base.label}", 3))
+        numbers += layout_lossless.numbers(outputs)
+    if n_arms > MANY_ARMS:
+        yield Section("Losslessness in numbers", tuple(numbers), in_place=True, long=True)
+    else:
+        yield from numbers
 
 
 def _losslessness(comparison: Comparison, one: ArmComparison) -> Losslessness:
@@ -223,15 +266,19 @@ def _by_category(each: Sequence[Told]) -> Iterator[Block]:
     names = sorted({name for row in rows for name in row.cells})
     if not rows:
         return
-    for block in layout_matrix.of_matrix(Matrix("accept_length", tuple(names), rows)):
-        if isinstance(block, Table):
-            # Each arm's details hold them, too, where a terminal has room for them.
-            yield replace(
-                block,
-                columns=(Column("Arm", words=True), *block.columns[1:]),
-                caption="Acceptance length by arm and category",
-                repeated=True,
-            )
+    title = "Acceptance length by arm and category"
+    made = layout_matrix.table(Matrix("accept_length", tuple(names), rows))
+    # Each arm's details hold them, too, where a terminal has room for them.
+    made = replace(
+        made,
+        columns=(Column("Arm", words=True), *made.columns[1:]),
+        notes=(BY_CATEGORY, *made.notes[1:]),
+        repeated=True,
+    )
+    if len(rows) > MANY_ARMS:
+        yield Section(title, (made,), in_place=True, long=True)
+    else:
+        yield replace(made, caption=title)
 
 
 # ---------------------------------------------------------------- one arm

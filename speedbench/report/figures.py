@@ -28,6 +28,9 @@ from speedbench.report.scales import (
 WIDTH = 400
 """Of the drawing in its own units: one is about a pixel where the page is that wide."""
 
+INTERVAL = "95 %"
+"""What a series' bounds are where it says nothing else."""
+
 LINE = 15.0
 PLOT_HEIGHT = 190.0
 GAP = 6.0
@@ -105,6 +108,8 @@ class _Drawing:
         self.slots = chart.x.ticks
         self.dodged = [s for s in chart.series if self.slots and s.mark in ("bar", "point")]
         self.bars = [s for s in chart.series if s.mark == "bar"]
+        self.reach = self._reach()
+        self.is_cut = False
 
     def drawn(self) -> tuple[str, float]:
         """The elements, and how high the drawing is."""
@@ -206,9 +211,39 @@ class _Drawing:
 
     # -------- scales
 
+    def _reach(self) -> tuple[float, float]:
+        """From where to where intervals are drawn. One that is far wider than the others, or goes
+        beyond what is possible, would leave no room for the values: it ends in an arrow."""
+        axis, many = self.value_axis, self.chart.series
+        core = [y for series in many for y in series.y if math.isfinite(y)]
+        if not core or axis.log:
+            return -math.inf, math.inf
+        core += [v for s in many if s.bounds != INTERVAL for v in (*s.low, *s.high) if v == v]
+        core += [v for v in (self.chart.reference, axis.low, axis.high) if v is not None]
+        halves = sorted(
+            (high - low) / 2
+            for series in many
+            if series.bounds == INTERVAL
+            for low, high in zip(series.low, series.high, strict=True)
+            if math.isfinite(high - low)
+        )
+        low, high = min(core), max(core)
+        usual = 2 * halves[len(halves) // 2] if halves else 0.0
+        reach = max((high - low) / 2, abs(high) / 2, abs(low) / 2, usual)
+        return (
+            low - reach if axis.low is None else axis.low,
+            high + reach if axis.high is None else axis.high,
+        )
+
+    def _bounds(self, series: Series, i: int) -> tuple[float, float]:
+        """The interval of a value as far as it is drawn; a range of data is drawn whole."""
+        low, high = self.reach if series.bounds == INTERVAL else (-math.inf, math.inf)
+        return max(series.low[i], low), min(series.high[i], high)
+
     def _values(self) -> Iterator[float]:
         for series in self.chart.series:
-            for value in (*series.y, *series.low, *series.high):
+            bounds = (v for i in range(len(series.low)) for v in self._bounds(series, i))
+            for value in (*series.y, *bounds):
                 if math.isfinite(value):
                     yield value
 
@@ -321,7 +356,7 @@ class _Drawing:
         named = f"{series.names[i]}: " if series.names else ""
         text = f"{series.label}: {named}{place}, {self.value_axis.label} {series.y[i]:.6g}"
         if series.low and math.isfinite(series.low[i]):
-            text += f" (95 % {series.low[i]:.6g}-{series.high[i]:.6g})"
+            text += f" ({series.bounds} {series.low[i]:.6g}-{series.high[i]:.6g})"
         return text
 
     def _path(self, series: Series, dash: str) -> None:
@@ -359,22 +394,26 @@ class _Drawing:
         return box
 
     def _whisker(self, series: Series, i: int, shift: float) -> Box:
-        x, low = self._point(series.x[i], series.low[i], shift)
-        _, high = self._point(series.x[i], series.high[i], shift)
-        box = (x - 3, high, x + 3, low)
-        ends = (
-            f"M{_px(x - 3)} {_px(low)}h6M{_px(x)} {_px(low)}V{_px(high)}M{_px(x - 3)} {_px(high)}h6"
-        )
+        """A line from bound to bound, with a bar at its ends, or an arrow where it goes on."""
+        bounds = self._bounds(series, i)
+        (x1, y1), (x2, y2) = (self._point(series.x[i], bound, shift) for bound in bounds)
+        down, up = bounds[0] > series.low[i], bounds[1] < series.high[i]
+        self.is_cut |= down or up
+        to = f"H{_px(x2)}" if self.chart.horizontal else f"V{_px(y2)}"
+        stem = f"M{_px(x1)} {_px(y1)}{to}"
+        path = self._end(x1, y1, 5.0 * down) + stem + self._end(x2, y2, -5.0 * up)
+        self.out.append(f'<path class="whisker" d="{path}"/>')
+        return (x1, y1 - 3, x2, y1 + 3) if self.chart.horizontal else (x1 - 3, y2, x1 + 3, y1)
+
+    def _end(self, x: float, y: float, back: float) -> str:
+        """The end of an interval: a bar, or an arrow whose head begins so far back."""
         if self.chart.horizontal:
-            low, y = self._point(series.x[i], series.low[i], shift)
-            high, _ = self._point(series.x[i], series.high[i], shift)
-            box = (low, y - 3, high, y + 3)
-            ends = (
-                f"M{_px(low)} {_px(y - 3)}v6M{_px(low)} {_px(y)}H{_px(high)}"
-                f"M{_px(high)} {_px(y - 3)}v6"
-            )
-        self.out.append(f'<path class="whisker" d="{ends}"/>')
-        return box
+            if back:
+                return f"M{_px(x + back)} {_px(y - 3)}L{_px(x)} {_px(y)}l{_px(back)} 3"
+            return f"M{_px(x)} {_px(y - 3)}v6"
+        if back:
+            return f"M{_px(x - 3)} {_px(y - back)}L{_px(x)} {_px(y)}l3 {_px(-back)}"
+        return f"M{_px(x - 3)} {_px(y)}h6"
 
     def _spans(self) -> None:
         left, top, right, bottom = self.plot
@@ -432,6 +471,8 @@ class _Drawing:
             entries += [(self._sampler(i, s), s.label) for i, s in enumerate(self.chart.series)]
         whats = dict.fromkeys(what for _, _, what in self.chart.spans)
         entries += [(self._span_sample, what) for what in whats]
+        if self.is_cut:
+            entries.append((self._cut_sample, "interval goes on: see the numbers"))
         x, y = 4.0, top + LINE + 8
         for draw, label in entries:
             lines = fitted(label, WIDTH - 44, 2)
@@ -470,6 +511,10 @@ class _Drawing:
         self.out.append(
             f'<rect class="span" x="{_px(x + 4)}" y="{_px(y - 6)}" width="16" height="12"/>'
         )
+
+    def _cut_sample(self, x: float, y: float) -> None:
+        path = f"M{_px(x)} {_px(y)}h24m-5-3l5 3l-5 3"
+        self.out.append(f'<path class="whisker" style="color:var(--soft)" d="{path}"/>')
 
     # -------- elements
 

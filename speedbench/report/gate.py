@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from speedbench.lossless import Greedy, Losslessness
+from speedbench.report import sides
 from speedbench.report.compare import ArmComparison, CategoryComparison
 from speedbench.report.summary import Figure
 from speedbench.types import UserError
@@ -34,6 +35,9 @@ OF_CLOCKS = ("speedup", "output_tps", "step_time")
 
 MISSING = 0.01
 """Share of a category's conversations that may lack a pair and still let a gate pass."""
+
+ANSWERED = (sides.IN_BASE_ONLY, sides.IN_ARM_ONLY, sides.NOT_IN_ALL, sides.ASKED_OTHERWISE)
+"""Why a conversation is in no ratio though some run of it was answered."""
 
 ALIKE = 8
 """Conversations without any difference that it takes before an interval of no width is believed:
@@ -186,7 +190,7 @@ def _evaluated(
     if why := _too_alike(gate, ratio.interval, n_pairs):
         return result("inconclusive", why)
     if gate.metric == "lossless":
-        why = _unanswered(lossless)
+        why = _unanswered(lossless) or _uncompared(gate, compared, n_expected)
     else:
         why = _unpaired(gate, compared, n_expected)
     return result("inconclusive", why) if why else result("pass", _told(gate, outcome))
@@ -329,6 +333,23 @@ def _unpaired(gate: Gate, compared: ArmComparison, n_expected: Mapping[str, int]
                 "and what they would show is not known"
                 + (f" (left out in all: {reasons})" if reasons else "")
             )
+    return ""
+
+
+def _uncompared(gate: Gate, compared: ArmComparison, n_expected: Mapping[str, int]) -> str:
+    """Why too many conversations are answered on neither side for a pass; '' if they are not.
+
+    Those that are in no ratio for one of ANSWERED have outputs, which were compared or counted as
+    missing; where one category is gated, any of them may be of it.
+    """
+    expected = sum(n for name, n in n_expected.items() if gate.category in (None, name))
+    n = sum(row.n_pairs for row in compared.by_category if gate.category in (None, row.name))
+    n += sum(compared.n_left_out.get(why, 0) for why in ANSWERED)
+    if expected - n > MISSING * expected:
+        return (
+            f"{expected - n} of {expected} conversations were answered on neither side, and what "
+            "they would show is not known"
+        )
     return ""
 
 

@@ -29,6 +29,7 @@ from speedbench.store import n_replicas_of
 NOT_A_MEASUREMENT = "SIMULATED: the engine made everything up; nothing here is a measurement."
 NO_VALUE = "n/a"
 NOT_SIGNIFICANT = "ns"
+NOBODY: Mapping[str, Sequence[str]] = {}
 
 
 # ---------------------------------------------------------------- reports
@@ -42,6 +43,8 @@ def of_run(summary: Summary) -> Iterator[Block]:
     yield Paragraph(totals(summary))
     yield from checks([("", summary.checks)])
     yield provenance({"": summary})
+    yield Heading("In short")
+    yield in_short(summary)
     yield from acceptance(summary)
     yield from timing(summary)
 
@@ -71,12 +74,31 @@ def provenance(runs: Mapping[str, Summary]) -> Section:
     return Section("Provenance", tuple(blocks))
 
 
+def in_short(summary: Summary) -> Facts:
+    """The numbers that most readers come for."""
+    items = [("AL", sentence(summary.lengths["al"]))] if summary.draft_length else []
+    for name, key, factor, unit in (
+        ("User TPS P50", "user_tps", 1.0, "tokens/s"),
+        ("Step time P50", "step_time_s", 1e3, "ms"),
+        ("TTFT P50", "ttft_s", 1e3, "ms"),
+    ):
+        found = (summary.timing[key] or {}).get("p50")
+        figure = Figure(None, why_not="no request has it")
+        items.append((name, sentence(figure if found is None else Figure(found * factor), unit)))
+    items.append(("Output TPS", sentence(summary.output_tps, "tokens/s over the whole run")))
+    return Facts(tuple((name, text, "plain") for name, text in items))
+
+
 def title(summary: Summary) -> str:
     """What ran, in one line."""
+    return ", ".join(title_parts(summary))
+
+
+def title_parts(summary: Summary) -> list[str]:
     engine, config = summary.manifest["engine"], summary.manifest["config"]
     algorithm = config["speculative_algorithm"]
     drafter = config.get("draft_model_dir")
-    parts = [
+    return [
         f"{engine['name']} {engine['version']}",
         "no speculation"
         if algorithm == "NONE" and summary.draft_length == 0
@@ -88,7 +110,6 @@ def title(summary: Summary) -> str:
         *([f"shard {config['shard']}"] if config.get("shard") else []),
         summary.manifest["status"],
     ]
-    return ", ".join(parts)
 
 
 def _times_replicas(manifest: Mapping[str, Any]) -> str:
@@ -110,8 +131,14 @@ def totals(summary: Summary) -> str:
     return text + "."
 
 
-def checks(groups: Sequence[tuple[str, Sequence[Check]]]) -> Iterator[Block]:
-    """Errors first; a sentence that several groups share is told once."""
+def checks(
+    groups: Sequence[tuple[str, Sequence[Check]]], together: Mapping[str, Sequence[str]] = NOBODY
+) -> Iterator[Block]:
+    """Errors first; a sentence that several groups share is told once.
+
+    together: a name for these groups, all of them and no other
+    """
+    one_name = {frozenset(names): name for name, names in together.items() if len(names) > 2}
     whose: dict[Check, dict[str, None]] = {}
     for name, found in groups:
         for check in found:
@@ -122,15 +149,16 @@ def checks(groups: Sequence[tuple[str, Sequence[Check]]]) -> Iterator[Block]:
     for level in order:
         for check, names in whose.items():
             if check.level == level:
-                arms = _listed([name for name in names if name])
+                arms = one_name.get(frozenset(names)) or listed([name for name in names if name])
                 sentence = f"{arms}: {check.sentence}" if arms else check.sentence
                 items.append((words[level], sentence, level))
     yield Facts(tuple(items)) if items else Paragraph("Every check passed.")
 
 
-def _listed(names: Sequence[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+def listed(names: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and c'; 'a, 1; b, 2 and c, 3' where names hold commas."""
+    comma = "; " if any(", " in name for name in names) else ", "
+    return " and ".join([comma.join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 # ---------------------------------------------------------------- cells
@@ -177,7 +205,8 @@ def number(value: float) -> str:
 
 
 def interval(bounds: tuple[float, float]) -> str:
-    return f"{number(bounds[0])}-{number(bounds[1])}"
+    between = " to " if bounds[0] < 0 else "-"
+    return f"{number(bounds[0])}{between}{number(bounds[1])}"
 
 
 def sentence(figure: Figure, unit: str = "") -> str:

@@ -28,6 +28,10 @@ from speedbench.report.layout import NO_VALUE, NOT_SIGNIFICANT, Cells, interval,
 from speedbench.report.summary import Figure
 
 TITLE = "speedbench: comparison"
+REPEATED = (
+    "the interval of the overall speedup holds the spread between runs, too; those of categories "
+    "are of conversations alone"
+)
 LEGEND = f"{NOT_SIGNIFICANT}: not significant, the 95 % interval contains 1"
 INTERVALS = "95 % interval"
 
@@ -65,10 +69,23 @@ def of_comparison(comparison: Comparison) -> Iterator[Block]:
     yield from layout.checks(groups)
     if len(arms) > 1:
         yield Heading("Arms")
-        yield _arms_table(arms)
-        yield _arms_chart(arms)
+        yield from of_arms([comparison])
     for i, one in enumerate(arms, 1):
         yield from _of_arm(one, comparison, f"arm-{i}-" if len(arms) > 1 else "")
+
+
+def of_arms(comparisons: Sequence[Comparison]) -> Iterator[Block]:
+    """Arms of one or several comparisons beside each other, each over its own base."""
+    arms = [one for comparison in comparisons for one in comparison.arms]
+    notes = []
+    if len(comparisons) > 1:
+        notes = [
+            f"the base of {layout.listed([one.arm.label for one in comparison.arms])}: "
+            f"{comparison.base.label}"
+            for comparison in comparisons
+        ]
+    yield _arms_table(arms, notes)
+    yield _arms_chart(arms)
 
 
 def _arm_word(arms: Sequence[ArmComparison]) -> str:
@@ -123,8 +140,18 @@ def _verdict(ratio: Figure) -> str:
     return ""
 
 
+def overall_speedup(one: ArmComparison) -> Figure:
+    """The user-TPS ratio over categories; where runs were repeated, with what differs between them
+    in its interval."""
+    return one.overall.user_tps if one.between.total.interval is None else one.between.total
+
+
+def _speedup(one: ArmComparison, row: CategoryComparison) -> Figure:
+    return overall_speedup(one) if row is one.overall else row.user_tps
+
+
 def _user_tps(one: ArmComparison) -> str:
-    ratio, row = one.overall.user_tps, one.overall
+    ratio, row = overall_speedup(one), one.overall
     if ratio.value is None:
         return f"{sentence(ratio)}."
     over = (
@@ -158,8 +185,8 @@ def _between(one: ArmComparison) -> str:
         f"{100 * found.sd.value:.2f} % (95 % {100 * low:.2f}-{100 * high:.2f} %)"
     )
     return (
-        f"{text}. With the spread of runs and that of conversations: "
-        f"{sentence(found.total)}{_verdict(found.total)}."
+        f"{text}. The interval of the speedup holds this spread and that of conversations; of "
+        f"conversations alone it would be {sentence(one.overall.user_tps)}."
     )
 
 
@@ -229,7 +256,7 @@ def _speedup_table(one: ArmComparison, over_baseline: bool) -> Table:
             row.name,
             _n(row, one.paired),
             *length(row),
-            *cells.ratio(f"speedup of {row.name}", row.user_tps),
+            *cells.ratio(f"speedup of {row.name}", _speedup(one, row)),
         )
         for row in _rows(one)
     )
@@ -246,7 +273,12 @@ def _speedup_table(one: ArmComparison, over_baseline: bool) -> Table:
         Column("Speedup"),
         Column(INTERVALS),
     )
-    return Table(columns, rows, (*cells.notes(), MEANS), total=True)
+    notes = (
+        *cells.notes(),
+        MEANS,
+        *([REPEATED] if overall_speedup(one) is one.between.total else ()),
+    )
+    return Table(columns, rows, notes, total=True)
 
 
 def _parts_table(one: ArmComparison) -> Table:
@@ -296,20 +328,19 @@ def _predicted_table(one: ArmComparison) -> Table:
     )
 
 
-def _arms_table(arms: Sequence[ArmComparison]) -> Table:
+def _arms_table(arms: Sequence[ArmComparison], notes: Sequence[str] = ()) -> Table:
     """Overall figures of every arm."""
     cells = _Ratios()
     rows = []
     for one in arms:
         label, row = one.arm.label, one.overall
-        output, _ = cells.ratio(f"output TPS of {label}", one.output_tps)
         rows.append(
             (
                 label,
                 cells.value(f"AL of {label}", row.al),
-                *cells.ratio(f"speedup of {label}", row.user_tps),
-                cells.ratio(f"step-time ratio of {label}", row.step_time)[0],
-                output,
+                *cells.ratio(f"speedup of {label}", overall_speedup(one)),
+                *cells.ratio(f"step-time ratio of {label}", row.step_time),
+                *cells.ratio(f"output-TPS ratio of {label}", one.output_tps),
             )
         )
     return Table(
@@ -319,10 +350,12 @@ def _arms_table(arms: Sequence[ArmComparison]) -> Table:
             Column("Speedup"),
             Column(INTERVALS),
             Column("Step-time\nratio"),
+            Column(INTERVALS),
             Column("Output-TPS\nratio"),
+            Column(INTERVALS),
         ),
         tuple(rows),
-        cells.notes(),
+        (*cells.notes(), *notes),
     )
 
 
@@ -352,7 +385,7 @@ def _cells(figure: Figure) -> tuple[str, str]:
 
 def _speedup_chart(one: ArmComparison, prefix: str) -> Chart:
     rows = _rows(one)
-    figures = [row.user_tps for row in rows]
+    figures = [_speedup(one, row) for row in rows]
     known = [row for row in one.by_category if row.user_tps.value is not None]
     extremes = ""
     if len(known) > 1:
@@ -363,14 +396,14 @@ def _speedup_chart(one: ArmComparison, prefix: str) -> Chart:
     return Chart(
         f"{prefix}speedup-by-category",
         f"Speedup by category: {one.arm.label}",
-        f"User TPS of {one.arm.label} over the base's: overall {_told(one.overall.user_tps)}"
+        f"User TPS of {one.arm.label} over the base's: overall {_told(overall_speedup(one))}"
         f"{extremes}; 1 is no difference.",
         Axis("Category", ticks=tuple(row.name for row in rows)),
         Axis("User-TPS speedup with 95 % intervals", "times the base"),
         (_series("user TPS", figures),),
         Table(
             (Column("Category", words=True), Column("Speedup"), Column(INTERVALS)),
-            tuple((row.name, *_cells(row.user_tps)) for row in rows),
+            tuple((row.name, *_cells(f)) for row, f in zip(rows, figures, strict=True)),
             total=True,
         ),
         reference=1.0,
@@ -423,7 +456,7 @@ def _parts_chart(one: ArmComparison, prefix: str) -> Chart:
 
 
 def _arms_chart(arms: Sequence[ArmComparison]) -> Chart:
-    figures = [one.overall.user_tps for one in arms]
+    figures = [overall_speedup(one) for one in arms]
     labels = tuple(one.arm.label for one in arms)
     told = "; ".join(f"{label} {_told(f)}" for label, f in zip(labels, figures, strict=True))
     return Chart(

@@ -26,6 +26,8 @@ from speedbench.report.blocks import (
 from speedbench.report.summary import Figure
 
 NO_VALUE = "n/a"
+MANY_ARMS = 3
+"""Of more arms than this no sentences are made: the tables say the same in less room."""
 FEW_LAYERS = 12
 """So many are named one by one below a figure."""
 BRACKETS = "in brackets: 95 % intervals"
@@ -158,8 +160,9 @@ def _series(
 TERMS = {
     "Share of tokens": "outside_vocabulary",
     "Measured AL": "al",
-    "User TPS ratio": "user_tps",
-    "Output TPS ratio": "output_tps",
+    "AL ratio": "overestimate",
+    "User TPS ratio": "overestimate",
+    "Output TPS ratio": "overestimate",
     "Imbalance": "expert_activation",
     "Entropy": "expert_activation",
     "Experts used": "expert_activation",
@@ -201,8 +204,8 @@ def _vocabulary(found: Insights) -> Iterator[Block]:
             f"insight-vocabulary-{number}",
             f"Output tokens outside the draft vocabulary: {one.label}",
             _vocabulary_finding(one),
-            Axis("category", ticks=tuple(row.name for row in rows)),
-            Axis("share of output tokens", low=0.0),
+            Axis("Category", ticks=tuple(row.name for row in rows)),
+            Axis("Outside the draft vocabulary", "share of output tokens", low=0.0),
             (_series("outside", shares, "bar"),),
             table,
             horizontal=True,
@@ -415,8 +418,8 @@ def _expert_chart(told: Sequence[ExpertUse]) -> Chart:
         f"Experts activated by a batch of {size} output tokens, by layer",
         f"Share of each layer's experts that {size} output tokens activate; mean over layers: "
         f"{means}.",
-        Axis("layer", ticks=names),
-        Axis("share of experts", low=0.0, high=1.0),
+        Axis("Layer", ticks=names),
+        Axis("Activated", "share of experts", low=0.0, high=1.0),
         tuple(series),
         Table(headers, tuple(rows), cells.notes()),
     )
@@ -443,9 +446,10 @@ def _along(found: Insights) -> Iterator[Block]:
         for one in of_arms_:
             if one.why_not:
                 yield Paragraph(f"{title}, {one.label}: {one.why_not}.", "note")
-            else:
-                yield Paragraph(_along_finding(title, one))
         shown = [one for one in of_arms_ if one.slices]
+        if len(shown) <= MANY_ARMS:
+            for one in shown:
+                yield Paragraph(_along_finding(title, one))
         if shown:
             yield _along_chart(title, word, shown)
 
@@ -494,14 +498,16 @@ def _along_chart(title: str, word: str, shown: Sequence[Slices]) -> Chart:
         "Arm", "Output tokens before" if word == "position" else "Part", "Conversations",
         "Steps", "al_step", "Same, first\npart", "Difference", words=2,
     )  # fmt: skip
-    units = {"position": ("output tokens before the step", "tokens")}
-    label, unit = units.get(word, ("part", ""))
+    axes = {
+        "position": Axis("Output tokens before the step", "tokens", ticks=tuple(labels)),
+        "turn": Axis("Turn of the conversation", ticks=tuple(labels)),
+    }
     return Chart(
         f"insight-{word}",
         f"AL along the answer: {title[0].lower()}{title[1:]}",
-        " ".join(_along_finding(title, one) for one in shown),
-        Axis(label, unit, ticks=tuple(labels)),
-        Axis("acceptance length", "tokens per step", low=1.0),
+        " ".join(_along_finding(title, one) for one in shown[:MANY_ARMS]),
+        axes.get(word, Axis("Part of the answer", ticks=tuple(labels))),
+        Axis("AL with 95 % intervals", "tokens per decode step", low=1.0),
         tuple(series),
         Table(headers, tuple(rows), cells.notes()),
     )
@@ -519,8 +525,9 @@ def _saving(found: Insights) -> Iterator[Block]:
         return
     yield Heading("What speculation saves")
     if found.savings:
-        for one in found.savings:
-            yield Paragraph(_saving_finding(one))
+        if len(found.savings) <= MANY_ARMS:
+            for one in found.savings:
+                yield Paragraph(_saving_finding(one))
         yield _saving_table(found.savings)
     if found.costs:
         cells = _Cells()

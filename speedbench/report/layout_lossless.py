@@ -24,8 +24,10 @@ from speedbench.report.blocks import (
     Style,
     Table,
 )
+from speedbench.report.layout import listed
 from speedbench.report.summary import Figure
 
+TITLE = "Losslessness"
 NO_VALUE = "n/a"
 FLOOR = "between baseline runs"
 
@@ -53,9 +55,24 @@ def of_losslessness(found: Sequence[tuple[str, Losslessness]]) -> Iterator[Block
     """Of every arm, by its label."""
     if not found:
         return
-    yield Heading("Losslessness")
+    yield Heading(TITLE)
+    yield from verdicts(found)
+    yield from numbers(found)
+
+
+def verdicts(found: Sequence[tuple[str, Losslessness]]) -> Iterator[Block]:
+    """On every arm; one that several share is told once."""
+    whose: dict[Verdict, list[str]] = {}
     for label, one in found:
-        yield _verdict(label, one.verdict)
+        whose.setdefault(one.verdict, []).append(label)
+    for verdict, labels in whose.items():
+        every = len(labels) == len(found) > 1
+        name = "every arm" if every else listed(labels)
+        yield Paragraph(f"{name}: {verdict.sentence}", STYLES[verdict.kind])
+
+
+def numbers(found: Sequence[tuple[str, Losslessness]]) -> Iterator[Block]:
+    """What the verdicts rest on, of arms that were held against the same base."""
     greedy = [(label, one) for label, one in found if isinstance(one, Greedy)]
     sampled = [(label, one) for label, one in found if isinstance(one, Sampled)]
     if greedy:
@@ -71,10 +88,6 @@ def of_losslessness(found: Sequence[tuple[str, Losslessness]]) -> Iterator[Block
             if len(found) > 1:
                 yield Paragraph(f"{label}:")
             yield _tests(two)
-
-
-def _verdict(label: str, verdict: Verdict) -> Paragraph:
-    return Paragraph(f"{label}: {verdict.sentence}", STYLES[verdict.kind])
 
 
 # ---------------------------------------------------------------- temperature 0
@@ -130,7 +143,7 @@ def _positions(found: Sequence[tuple[str, Greedy]]) -> Iterator[Block]:
     """Where outputs part: one line for each arm, and one for the baseline's own runs."""
     lines = [(label, one.positions) for label, one in found]
     lines.append((FLOOR, found[0][1].floor_positions))
-    table = Table(
+    yield Table(
         (Column("First difference at token", words=True), Column("Differ"), Column("First"),
          *(Column(f"P{q}") for q in (25, 50, 75))),
         tuple(_position_row(label, one) for label, one in lines),
@@ -138,7 +151,6 @@ def _positions(found: Sequence[tuple[str, Greedy]]) -> Iterator[Block]:
     )  # fmt: skip
     drawn = [(label, one) for label, one in lines if one.at]
     if not drawn:
-        yield table
         return
     told = "; ".join(
         f"{label}: {one.n_diverged} of {one.n_compared} differ" for label, one in drawn
@@ -148,8 +160,8 @@ def _positions(found: Sequence[tuple[str, Greedy]]) -> Iterator[Block]:
         "first-divergence",
         "Outputs still identical, by token",
         f"Share of outputs that are identical up to a token. {told}.",
-        Axis("token of the answer"),
-        Axis("identical so far", "%"),
+        Axis("Output tokens so far", "tokens", low=0.0),
+        Axis("Identical so far", "% of comparisons", low=0.0, high=100.0),
         tuple(
             Series(
                 label,
@@ -159,8 +171,28 @@ def _positions(found: Sequence[tuple[str, Greedy]]) -> Iterator[Block]:
             )
             for label, one in drawn
         ),
-        table,
+        _curve_table(drawn, longest),
     )
+
+
+def _curve_table(drawn: Sequence[tuple[str, Divergence]], longest: int) -> Table:
+    """Every corner of the curves: after how many tokens which share is still identical."""
+    tokens = sorted({0, longest, *(at for _, one in drawn for at in one.at)})
+    return Table(
+        (
+            Column("Output tokens so far"),
+            *(Column(f"{label} (%)", term="identical_share") for label, _ in drawn),
+        ),
+        tuple(
+            (str(token), *(f"{100 * _still(one, token):.2f}" for _, one in drawn))
+            for token in tokens
+        ),
+    )
+
+
+def _still(one: Divergence, token: int) -> float:
+    """Share identical after so many tokens."""
+    return next((s for at, s in zip(one.at[::-1], one.share[::-1], strict=True) if at <= token), 1)
 
 
 def _position_row(label: str, one: Divergence) -> tuple[str, ...]:

@@ -15,13 +15,23 @@ TITLES: Mapping[Metric, str] = {
     "accept_rate": "Acceptance Rate Report",
     "throughput": "Throughput Report (tokens/sec)",
 }
+TERMS: Mapping[Metric, str] = {
+    "accept_length": "al",
+    "accept_rate": "acceptance_rate",
+    "throughput": "output_tps",
+}
+"""What the cells are: ids of definitions."""
+
 NO_VALUE, NOT_ASKED = "n/a", "-"
 
 
 def of_matrix(matrix: Matrix) -> Iterator[Block]:
-    """A line for each run, and two below it with the bounds of its 95 % intervals."""
     yield Heading(TITLES[matrix.metric], 1)
-    term = {"accept_length": "al", "accept_rate": "", "throughput": "output_tps"}[matrix.metric]
+    yield table(matrix)
+
+
+def table(matrix: Matrix) -> Table:
+    """A line for each run, and two below it with the bounds of its 95 % intervals."""
     headers = (*matrix.categories, "Overall")
     rows = []
     why: dict[str, list[str]] = {}
@@ -37,8 +47,8 @@ def of_matrix(matrix: Matrix) -> Iterator[Block]:
             if figure is not None and figure.why_not and told:
                 what = NO_VALUE if figure.value is None else "no interval"
                 why.setdefault(f"{what}: {figure.why_not}", []).append(f"{row.model}, {name}")
-    yield Table(
-        (Column("Model"), *(Column(name, term=term) for name in headers)),
+    return Table(
+        (Column("Model"), *(Column(name, term=TERMS[matrix.metric]) for name in headers)),
         tuple(rows),
         (NOTES[matrix.metric], *(f"{reason} ({_some(places)})" for reason, places in why.items())),
     )

@@ -20,7 +20,7 @@ from speedbench.report.blocks import (
 )
 from speedbench.report.break_even import BreakEven, Speedup
 from speedbench.report.compare import significant
-from speedbench.report.layout import NO_VALUE, NOT_SIGNIFICANT, Cells, number
+from speedbench.report.layout import NO_VALUE, NOT_SIGNIFICANT, Cells
 from speedbench.report.pareto import Best, Frontier, Pareto, Point, is_sweep, pareto
 from speedbench.report.sample import Sample
 from speedbench.report.summary import Figure
@@ -47,6 +47,8 @@ def of_pareto(found: Pareto) -> Iterator[Block]:
     for number_, setting in enumerate(settings, 1):
         suffix = "" if len(settings) == 1 else f"-{number_}"
         yield _chart(found, setting, cells, suffix)
+    if found.speedups:
+        yield _speedups_table(found)
     for number_, setting in enumerate(settings, 1):
         suffix = "" if len(settings) == 1 else f"-{number_}"
         yield from _speedup_chart(found, setting, suffix)
@@ -91,7 +93,6 @@ def _output_term(found: Pareto) -> str:
 
 def _cell_table(found: Pareto) -> Table:
     cells = Cells()
-    speedups = {(s.setting, s.drafter, s.draft_length, s.concurrency): s for s in found.speedups}
     best = {id(p) for one in found.frontiers for p in one.points}
     rows = []
     in_order = sorted(
@@ -99,8 +100,6 @@ def _cell_table(found: Pareto) -> Table:
     )
     for point in in_order:
         name = point.arm.label
-        key = (point.setting, point.drafter, point.draft_length, point.concurrency)
-        speedup = speedups.get(key)
         rows.append(
             (
                 name,
@@ -109,16 +108,6 @@ def _cell_table(found: Pareto) -> Table:
                 cells.interval(f"user TPS of {name}", point.user_tps),
                 cells.value(f"output TPS of {name}", point.output_tps),
                 cells.interval(f"output TPS of {name}", point.output_tps),
-                _ratio(
-                    cells,
-                    f"user-TPS speedup of {name}",
-                    None if speedup is None else speedup.user_tps,
-                ),
-                _ratio(
-                    cells,
-                    f"output-TPS speedup of {name}",
-                    None if speedup is None else speedup.output_tps,
-                ),
                 "yes" if id(point) in best else "",
             )
         )
@@ -130,34 +119,55 @@ def _cell_table(found: Pareto) -> Table:
         Column("95 % interval", term="interval"),
         Column(output, term=_output_term(found)),
         Column("95 % interval", term="interval"),
-        Column("User-TPS\nspeedup", term="speedup"),
-        Column("Output-TPS\nspeedup", term="system_speedup"),
         Column("On the\nfrontier", term="pareto"),
     )
-    return Table(columns, tuple(rows), (*cells.notes(), *_ratio_notes(found)))
+    return Table(columns, tuple(rows), cells.notes())
 
 
-def _ratio(cells: Cells, where: str, figure: Figure | None) -> str:
-    """A ratio with its interval, marked where that contains 1; blank of a baseline."""
-    if figure is None:
-        return ""
-    text = cells.value(where, figure)
-    if figure.value is None:
-        return text
-    if figure.interval is None:
-        return f"{text}*"
-    low, high = figure.interval
+def _speedups_table(found: Pareto) -> Table:
+    """Of both rates, each arm over the arm without speculation at its own concurrency."""
+    cells = Cells()
+    rows = []
+    for s in sorted(
+        found.speedups, key=lambda s: (s.setting, s.drafter, s.draft_length, s.concurrency)
+    ):
+        name = ", ".join(filter(None, (s.setting, f"{s.drafter} K={s.draft_length}")))
+        at = f"{name} at {s.concurrency}"
+        rows.append(
+            (
+                name,
+                str(s.concurrency),
+                *_ratio(cells, f"user-TPS speedup of {at}", s.user_tps),
+                *_ratio(cells, f"output-TPS speedup of {at}", s.output_tps),
+            )
+        )
+    columns = (
+        Column("Arm", words=True),
+        Column("Concurrency", term="concurrency"),
+        Column("User-TPS\nspeedup", term="speedup"),
+        Column("95 % interval", term="interval"),
+        Column("Output-TPS\nspeedup", term="system_speedup"),
+        Column("95 % interval", term="interval"),
+    )
+    caption = "Speedup over no speculation at the same concurrency"
+    return Table(columns, tuple(rows), (*cells.notes(), *_ratio_notes(found)), caption=caption)
+
+
+def _ratio(cells: Cells, where: str, figure: Figure) -> tuple[str, str]:
+    """A ratio, marked where its interval contains 1, and the interval."""
     mark = f" {NOT_SIGNIFICANT}" if significant(figure) is False else ""
-    return f"{text} ({number(low)}-{number(high)}){mark}"
+    return cells.value(where, figure) + mark, cells.interval(where, figure)
 
 
 def _ratio_notes(found: Pareto) -> Iterator[str]:
     ratios = [f for s in found.speedups for f in (s.user_tps, s.output_tps)]
     if any(significant(figure) is False for figure in ratios):
         yield f"{NOT_SIGNIFICANT}: not significant, the 95 % interval contains 1"
-    lone = [f for f in ratios if f.value is not None and f.interval is None]
-    if lone:
-        yield f"*: without an interval: {lone[0].why_not}"
+    if any(len(point.arm.runs) > 1 for point in found.points):
+        yield (
+            "of repeated runs, these intervals hold the spread between runs, too: they are wider "
+            "than those over conversations alone"
+        )
 
 
 # ---------------------------------------------------------------- figures
@@ -324,7 +334,7 @@ def _best_table(best: Sequence[Best]) -> Table:
         Column("Concurrency", term="concurrency"),
         Column("By", words=True),
         Column("Best K", term="draft_length"),
-        Column("Next", term="draft_length"),
+        Column("Next", term="runner_up"),
         Column("Next / best"),
         Column("95 % interval", term="interval"),
         Column("Not told apart\nfrom the best"),
@@ -346,23 +356,31 @@ def _break_even_facts(found: Pareto) -> Facts:
     items: list[tuple[str, str, Style]] = []
     for one in found.break_even:
         name = " ".join(filter(None, (one.setting, f"{one.drafter} K={one.draft_length}")))
-        unsure = [
-            str(c)
+        told = {
+            c: significant(speedups[one.setting, one.drafter, one.draft_length, c].output_tps)
             for c in one.measured
-            if significant(speedups[one.setting, one.drafter, one.draft_length, c].output_tps)
-            is False
-        ]
-        items.append((name, break_even_sentence(one, unsure), "plain"))
+        }
+        unsure = [str(c) for c, is_significant in told.items() if is_significant is False]
+        untold = [str(c) for c, is_significant in told.items() if is_significant is None]
+        items.append((name, break_even_sentence(one, unsure, untold), "plain"))
     return Facts(tuple(items))
 
 
-def break_even_sentence(one: BreakEven, unsure: Sequence[str] = ()) -> str:
-    """Where a K stops paying, in words. unsure: concurrencies whose speedup is not significant."""
+def break_even_sentence(
+    one: BreakEven, unsure: Sequence[str] = (), untold: Sequence[str] = ()
+) -> str:
+    """Where a K stops paying, in words. unsure: concurrencies whose speedup is not significant;
+    untold: those where it has no interval, so that nobody knows."""
     if one.verdict == "unknown":
         return f"{NO_VALUE}: {one.why_not}."
     text = f"{_verdict(one)}, measured at {_listed([str(c) for c in one.measured])}."
     if unsure:
         text += f" The speedup is not significant at {_listed(unsure)}."
+    if untold:
+        text += (
+            f" At {_listed(untold)} it has no interval, and another run may say otherwise: that "
+            "needs repeats."
+        )
     return text
 
 

@@ -148,7 +148,7 @@ def pareto(arms: Sequence[Arm], samples: Sequence[Sample] = ()) -> Pareto:
 
 def user_tps(runs: Sequence[Run]) -> Figure:
     """Mean over conversations of their user TPS. The interval is Student's t over conversations;
-    with repeats, joined with that over the repeats' means."""
+    with repeats, joined with that over the repeats' means; on the logarithm."""
     by_name: dict[str, list[float]] = {}
     by_run = []
     for run in runs:
@@ -166,7 +166,7 @@ def user_tps(runs: Sequence[Run]) -> Figure:
     half = _half_width(means)
     if len(runs) > 1:
         half = math.hypot(half, _half_width(np.array(by_run)))
-    return Figure(value, (value - half, value + half))
+    return Figure(value, _around(value, half))
 
 
 def _half_width(values: Floats) -> float:
@@ -194,7 +194,16 @@ def _output_tps(outputs: Sequence[Figure], n_gpus: int) -> Figure:
     if len(values) < 2:
         return Figure(value, why_not="one number of one run: repeat it (--repeat)")
     half = _half_width(np.array(values))
-    return Figure(value, (value - half, value + half))
+    return Figure(value, _around(value, half))
+
+
+def _around(value: float, half: float) -> tuple[float, float]:
+    """Bounds of a positive number, as far from it as `half` is on the logarithm (delta method: the
+    standard error of log x is that of x over x), so that none is negative."""
+    if value <= 0:
+        return 0.0, half
+    factor = math.exp(min(half / value, 100.0))
+    return value / factor, value * factor
 
 
 def _output_ratio(base: Sequence[Figure], arm: Sequence[Figure]) -> Figure:
@@ -337,7 +346,7 @@ def _best(cell: _Cell) -> Iterator[Best]:
         best = max(ranked, key=lambda k: ranked[k])
         others = {k: arm for k, arm in cell.arms.items() if k in ranked and k != best}
         ratios = {k: _of(ratio, of) for k, ratio in _ratios(cell.arms[best], others).items()}
-        yield _chosen(cell, of, tuple(ranked), best, ratios)
+        yield _chosen(cell, of, best, ratios)
 
 
 def _of(ratio: _Ratio, of: str) -> Figure:
@@ -356,23 +365,24 @@ def _none(
 def _chosen(
     cell: _Cell,
     of: Literal["user TPS", "output TPS"],
-    lengths: tuple[int, ...],
     best: int,
     ratios: Mapping[int, Figure],
 ) -> Best:
+    """ratios: of the K that can be held against the best one; the others are `untold`."""
     known = {k: f for k, f in ratios.items() if f.value is not None}
+    told = {k for k, f in known.items() if f.interval is not None}
     runner_up = max(known, key=lambda k: known[k].value or 0.0)
     return Best(
         cell.setting,
         cell.drafter,
         cell.concurrency,
         of,
-        tuple(sorted(lengths)),
+        tuple(cell.arms),
         best,
         runner_up,
         known[runner_up],
         tuple(sorted(k for k, f in known.items() if f.interval and f.interval[1] >= 1)),
-        tuple(sorted(k for k, f in known.items() if f.interval is None)),
+        tuple(k for k in cell.arms if k != best and k not in told),
     )
 
 

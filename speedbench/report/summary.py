@@ -117,7 +117,7 @@ class Resamples:
 
     def __init__(self) -> None:
         self._sorted = np.zeros(0, np.int64)
-        self._weights = np.zeros((0, 0))
+        self._weights = np.zeros((stats.N_RESAMPLES, 0))
 
     def weights(self, category: Ints) -> Floats:
         """`stats.bootstrap_weights` (B, C) of conversations of these categories (C,)."""
