@@ -193,9 +193,8 @@ def test_user_tps_is_the_mean_over_conversations_with_students_interval(tmp_path
     between = T_1 * (mean / 2 / math.sqrt(2)) / math.sqrt(2)
     assert again.interval is not None
     both = math.hypot(0.75 * half, between)
-    assert again.interval == (
-        pytest.approx(0.75 * mean - both), pytest.approx(0.75 * mean + both),
-    )  # fmt: skip
+    off = math.exp(both / (0.75 * mean))
+    assert again.interval == (pytest.approx(0.75 * mean / off), pytest.approx(0.75 * mean * off))
     assert user_tps([arm_run(tmp_path / "d", (10,))]).interval is None
 
 
