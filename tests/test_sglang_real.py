@@ -249,7 +249,8 @@ def test_ngram_drafts_are_those_of_its_trie(driven: Path, models: Path, name: st
     ("algorithm", "engine_args", "told"),
     [
         ("DFLASH", {}, ["DFLASH", "'cpu'"]),  # by SGLang, before it starts a process
-        ("NONE", {"mem_fraction_static": 0.001}, ["no GPU memory", "--max_seq_len"]),  # by one
+        # By one. A share below zero: what others free meanwhile cannot make it enough.
+        ("NONE", {"mem_fraction_static": -1.0}, ["no GPU memory", "--max_seq_len"]),
     ],
 )
 def test_what_cannot_start_is_one_sentence_and_leaves_nothing(
