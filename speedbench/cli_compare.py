@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,9 +32,11 @@ FORMATS = ("console", "markdown", "json", "html")
 
 ABOUT = """Compare stored arms with a base, conversation by conversation.
 
-Name the base first, then the runs to hold against it. A folder of runs stands for all in it; runs
-that measured the same are repeats of one arm. Of a single folder (what --baseline and sweep write)
-the arm without speculation is the base."""
+Name the base first, then the runs to hold against it. A folder of runs stands for all in it. Runs
+that measured the same are repeats of one arm where they lie in one folder, or are named one by one;
+what two folders hold stays apart. Of a single folder (what --baseline and sweep write) the arm
+without speculation is the base. Of several (before and after a change, say), where one holds both
+arms, those that speculate are compared: name runs to compare others."""
 
 GATES = """Gates: al=-1% (may fall by at most 1 %), step_time=+5% (may rise by at most 5 %),
 speedup=+-2% (may do neither), al[coding]=-3% (one category). Metrics: al, speedup (user TPS),
@@ -147,11 +149,16 @@ def _compare(
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A comparison, and what gates and report need beside it. lossless: of every arm, in order."""
+    """A comparison, and what gates and report need beside it.
+
+    lossless  of every arm, in order
+    note      which arms of the folders are in no comparison
+    """
 
     comparison: Comparison
     base: Sample
     lossless: tuple[Losslessness, ...]
+    note: str
 
     def n_expected(self, arm: Sample) -> Mapping[str, int]:
         """Category -> conversations that a number must come of: those that either arm was to
@@ -190,12 +197,15 @@ def _found(
     from speedbench.report.compare import compare
 
     arms = load_arms(runs, merges)
+    chosen: Sequence[Arm]
+    beside: Sequence[Arm]
     if baseline_file:
         base = pinned.load(Path(baseline_file))
+        chosen, beside = _speculative_of(arms, _folders(runs))
     else:
-        first, arms = _base_and_others(arms, runs)
+        first, chosen, beside = _base_and_others(arms, runs)
         base = sample.of_arm(first)
-    samples = [sample.of_arm(arm) for arm in arms]
+    samples = [sample.of_arm(arm) for arm in chosen]
     _refuse_copies([base, *samples])
     comparison = compare(base, samples, allow)
     temperature = max(float(s.manifest["config"]["temperature"]) for s in (base, *samples))
@@ -208,48 +218,83 @@ def _found(
             )
             for one in samples
         ),
+        _beside(beside),
     )
 
 
-def _base_and_others(arms: Sequence[Arm], runs: Sequence[Path]) -> tuple[Arm, tuple[Arm, ...]]:
-    """The base: the arm named first; of a folder that holds several, the one without speculation.
+def _base_and_others(
+    arms: Sequence[Arm], runs: Sequence[Path]
+) -> tuple[Arm, Sequence[Arm], Sequence[Arm]]:
+    """The base, the arms to hold against it, and those of their folders that are left out.
 
-    Where all runs measured the same, those named first (a run, or a folder of repeats) are the base
-    and the others are held against it: before and after a change of the engine's code, or what two
-    runs of one arm differ by.
+    The base is the arm named first. Of a folder that holds several it is the arm without
+    speculation if that folder is all there is, else the one that speculates: before and after a
+    change of the drafter or the engine. Where all runs measured the same, the first is the base and
+    the others are held against it: what two runs of one arm differ by.
     """
-    from speedbench.report.arms import run_directories
+    from speedbench.report.arms import is_run
 
-    first = {path.resolve() for path in run_directories(runs[0])} if runs else None
-    named_first = [
-        arm
-        for arm in arms
-        if first is None or any(run.directory.resolve() in first for run in arm.runs)
-    ]
-    bases = named_first[:1] if first is None or len(named_first) == 1 else [
-        arm for arm in named_first if arm.is_baseline
-    ]  # fmt: skip
-    if len(bases) != 1:
-        held = ", ".join(arm.label for arm in named_first)
-        raise UserError(
-            f"{runs[0]} holds {len(named_first)} arms ({held}), {len(bases)} of them without "
-            "speculation: name the runs of the base first, then the others"
-        )
-    base = bases[0]
-    others = tuple(arm for arm in arms if arm is not base)
+    folders = _folders(runs)
+    first = arms[0]
+    mine = [arm for arm in arms if arm.series == first.series]
+    if first.series not in folders or (runs and is_run(runs[0])):
+        others, beside = _speculative_of([arm for arm in arms if arm is not first], folders)
+    elif len(mine) == len(arms):
+        first = _the_one([arm for arm in mine if arm.is_baseline], mine, "without speculation")
+        others, beside = [arm for arm in arms if arm is not first], []
+    else:
+        first, beside = _only_or_speculative(mine)
+        others, left_out = _speculative_of([arm for arm in arms if arm not in mine], folders)
+        beside += left_out
     if others:
-        return base, others
-    if len(base.runs) < 2:
+        return first, others, beside
+    if len(first.runs) < 2:
         raise UserError(
-            f"there is nothing to compare with {base.runs[0].directory}: name another run after it"
+            f"there is nothing to compare with {first.runs[0].directory}: name another run after it"
         )
-    mine = tuple(run for run in base.runs if first and run.directory.resolve() in first)
-    if len(mine) in (0, len(base.runs)):  # of one folder, or of shards: what one run differs by
-        mine = base.runs[:1]
-    repeats = tuple(run for run in base.runs if all(run is not one for one in mine))
+    again = replace(first, label=f"{first.label}, again", runs=first.runs[1:])
+    return replace(first, runs=first.runs[:1]), [again], beside
+
+
+def _folders(runs: Sequence[Path]) -> frozenset[str]:
+    """Series that were named as folders, not run by run."""
+    from speedbench.report.arms import is_run, series_in
+
+    return frozenset(series for path in runs if not is_run(path) for series in series_in(path))
+
+
+def _speculative_of(arms: Sequence[Arm], folders: Collection[str]) -> tuple[list[Arm], list[Arm]]:
+    """Without the baselines of folders that hold a speculative arm, too; and those."""
+    both = {arm.series for arm in arms if arm.series in folders and not arm.is_baseline}
+    left_out = [arm for arm in arms if arm.is_baseline and arm.series in both]
+    return [arm for arm in arms if arm not in left_out], left_out
+
+
+def _only_or_speculative(mine: Sequence[Arm]) -> tuple[Arm, list[Arm]]:
+    """A folder's only arm, or its only one that speculates; and its others."""
+    drafting = [arm for arm in mine if not arm.is_baseline]
+    one = mine[0] if len(mine) == 1 else _the_one(drafting, mine, "that speculate")
+    return one, [arm for arm in mine if arm is not one]
+
+
+def _the_one(fitting: Sequence[Arm], arms: Sequence[Arm], what: str) -> Arm:
+    """Raises UserError unless one fits."""
+    if len(fitting) == 1:
+        return fitting[0]
+    held = "; ".join(arm.label for arm in arms[:4]) + ("; ..." if len(arms) > 4 else "")
+    raise UserError(
+        f"{arms[0].series} holds {len(arms)} arms ({held}), {len(fitting)} of them {what}: name "
+        "the runs of the base first, one by one, then the others"
+    )
+
+
+def _beside(arms: Sequence[Arm]) -> str:
+    if not arms:
+        return ""
+    held = "; ".join(f"{arm.label} ({arm.series})" for arm in arms)
     return (
-        replace(base, runs=mine),
-        (replace(base, label=f"{base.label}, again", runs=repeats),),
+        f"Not compared here: {held}. Of a folder that holds both, the arms that speculate are "
+        "compared; name the runs of others one by one to compare those."
     )
 
 
@@ -274,11 +319,13 @@ def _times(run: SampleRun) -> dict[str, str]:
 def _blocks(found: _Found, results: Sequence[GateResult]) -> Iterator[Block]:
     """The title, the gates, and then what they were answered from."""
     from speedbench.report import layout_compare, layout_gate, layout_lossless
-    from speedbench.report.blocks import Heading
+    from speedbench.report.blocks import Heading, Paragraph
 
     comparison = list(layout_compare.of_comparison(found.comparison))
     titled = bool(comparison) and isinstance(comparison[0], Heading) and comparison[0].level == 1
     yield comparison[0] if titled else Heading(TITLE, 1)
+    if found.note:
+        yield Paragraph(found.note, "note")
     yield from layout_gate.of_gates(results)
     yield from comparison[1:] if titled else comparison
     yield from layout_lossless.of_losslessness(
@@ -320,14 +367,15 @@ def _pin(path: Path, runs: Sequence[Path], merges: Sequence[Sequence[Path]]) -> 
     from speedbench.report.arms import load_arms
 
     arms = load_arms(runs, merges)
-    if len(arms) > 1:
+    if len(arms) > 1 and len(_folders(runs) & {arm.series for arm in arms}) != 1:
         raise UserError(
-            f"{len(arms)} arms were named ({', '.join(arm.label for arm in arms)}): pin the runs "
+            f"{len(arms)} arms were named ({'; '.join(arm.label for arm in arms)}): pin the runs "
             "of one"
         )
+    arm, beside = _only_or_speculative(arms)
     if path.exists():
         raise UserError(f"{path} is there already: remove it, or pin to another file")
-    found = sample.of_arm(arms[0])
+    found = sample.of_arm(arm)
     _refuse_copies([found])
     _write(str(path), baseline_file.dumps(found))
     n = len({name for run in found.runs for name in run.measured.place})
@@ -335,6 +383,11 @@ def _pin(path: Path, runs: Sequence[Path], merges: Sequence[Sequence[Path]]) -> 
         f"{path}: {found.label}, {len(found.runs)} run(s) of {n} conversations, "
         f"{path.stat().st_size / 1000:.0f} kB"
     )
+    if beside:
+        print(
+            f"Not pinned: {'; '.join(one.label for one in beside)}, beside it in {arm.series}; to "
+            "pin that, name its runs one by one."
+        )
     for sentence in dict.fromkeys(
         check.sentence for run in found.runs for check in run.checks if check.level == "error"
     ):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from speedbench.report.arms import grouped, load_arms
+from speedbench.report.arms import grouped, load_arms, unlike
+from speedbench.report.compared import compared
 from speedbench.store import Run
 from speedbench.types import UserError
 from tests.builders import conversation, session, stored
@@ -63,6 +64,34 @@ def test_what_makes_another_arm(tmp_path: Path, change: dict[str, Any], n_arms: 
     assert len(grouped([first, run(tmp_path / "2", **change)])) == n_arms
 
 
+def test_repeats_of_other_software_are_told(tmp_path: Path) -> None:
+    """They are one arm, as nothing that was measured says otherwise."""
+    for name, version in (("1", "2.11.0"), ("2", "2.13.0")):
+        run(tmp_path / name, environment={"packages": {"torch": version, "numpy": "2.3"}})
+    (arm,) = load_arms([tmp_path])
+    (found,) = unlike(arm)
+    assert found.level == "warning"
+    assert "the package torch is 2.11.0 in run 1 and 2.13.0 in run 2" in found.sentence
+
+
+def test_a_report_holds_every_drafter_against_the_baseline_of_its_own_folder(
+    tmp_path: Path,
+) -> None:
+    for series in ("old", "new"):
+        run(tmp_path / series / "base", 0)
+        run(tmp_path / series / "spec", 3)
+    run(tmp_path / "lone" / "spec", 3)
+    arms = load_arms([tmp_path])
+    found = compared(arms)
+    assert {(c.base.label, one.arm.label) for c in found.comparisons for one in c.arms} == {
+        ("baseline, old", "EAGLE3 K=3, old"),
+        ("baseline, new", "EAGLE3 K=3, new"),
+    }
+    assert found.not_compared == {
+        "EAGLE3 K=3, lone": "2 baselines fit it: name one with `speedbench compare`"
+    }
+
+
 def test_shards_are_no_repeats_of_one_another(tmp_path: Path) -> None:
     """They asked different rows; the same shard again is a repeat."""
     runs = [
@@ -106,10 +135,49 @@ def test_labels_say_what_differs_and_nothing_else(tmp_path: Path) -> None:
 def test_a_folder_of_runs_stands_for_all_in_it(tmp_path: Path) -> None:
     run(tmp_path / "runs" / "second", 3, at="04:00")
     run(tmp_path / "runs" / "first", 0, at="03:00")
-    run(tmp_path / "alone", 3, at="02:00")
-    base, arm = load_arms([tmp_path / "runs", tmp_path / "alone"])
+    run(tmp_path / "runs" / "third", 3, at="05:00")
+    base, arm = load_arms([tmp_path / "runs"])
     assert [found.directory.name for found in base.runs] == ["first"]
-    assert [found.directory.name for found in arm.runs] == ["alone", "second"]
+    assert [found.directory.name for found in arm.runs] == ["second", "third"]
+    assert base.series == arm.series == str(tmp_path / "runs")
+
+
+def test_folders_in_a_folder_are_read_and_each_is_a_series(tmp_path: Path) -> None:
+    for day in ("monday", "tuesday"):
+        run(tmp_path / "runs" / day / "base", 0)
+        run(tmp_path / "runs" / day / "spec", 3)
+    run(tmp_path / "runs" / "alone", 3)
+    arms = load_arms([tmp_path / "runs"])
+    assert [arm.label for arm in arms] == [
+        "EAGLE3 K=3, runs",
+        "baseline, monday",
+        "EAGLE3 K=3, monday",
+        "baseline, tuesday",
+        "EAGLE3 K=3, tuesday",
+    ]
+    assert [len(arm.runs) for arm in arms] == [1] * 5
+
+
+def test_runs_named_one_by_one_are_repeats_unless_two_series_hold_them(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run(tmp_path / name, 3)
+        run(tmp_path / "old" / name, 3)
+        run(tmp_path / "new" / name, 3)
+    for series in ("old", "new"):
+        (tmp_path / series / "sweep.json").write_text("{}")
+    names = ("one", "two", "old/one", "old/two", "new/one", "new/two")
+    arms = load_arms([tmp_path / name for name in names])
+    assert [len(arm.runs) for arm in arms] == [2, 2, 2]
+    assert [Path(arm.series).name for arm in arms] == ["", "old", "new"]
+
+
+def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        run(tmp_path / parent / "runs" / "one", 3)
+    arms = load_arms([tmp_path / parent / "runs" for parent in ("a", "b")])
+    assert [arm.label for arm in arms] == [
+        f"EAGLE3 K=3, {tmp_path / parent / 'runs'}" for parent in ("a", "b")
+    ]
 
 
 def test_what_holds_no_run_is_refused_and_so_is_a_run_named_twice(tmp_path: Path) -> None:

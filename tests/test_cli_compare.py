@@ -192,6 +192,71 @@ def test_two_folders_of_repeats_alike_are_held_against_each_other(
     assert overall_of(document)["al_ratio"]["value"] == pytest.approx(2.0 / 2.5)
 
 
+def both_arms(folder: Path, seed: int, *, lengths: tuple[int, ...] = (), n: int = 2) -> Path:
+    """A folder as --baseline --repeat writes it; steps of `spec` are 1.25 times as long."""
+    changed: dict[str, Any] = {"lengths": lengths} if lengths else {}
+    for i in range(1, n + 1):
+        arm(folder / f"baseline-{i}", 0, seed=seed + i)
+        arm(folder / f"speculative-{i}", 3, seed=seed + 20 + i, step_ns=12_500_000, **changed)
+    (folder / "sweep.json").write_text("{}")
+    return folder
+
+
+def test_of_two_folders_with_both_arms_the_drafters_are_held_against_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A nightly run: the same configuration, before and after. AL 2.5 became 2.0."""
+    old = both_arms(tmp_path / "old", 1)
+    new = both_arms(tmp_path / "new", 5, lengths=(1, 1, 3, 3))
+    document = found_json(capsys, old, new, "--gate", "al=-1%")
+    assert document["base"]["from"] == [str(old / f"speculative-{i}") for i in (1, 2)]
+    (other,) = document["arms"]
+    assert other["from"] == [str(new / f"speculative-{i}") for i in (1, 2)]
+    assert overall_of(document)["al_ratio"]["value"] == pytest.approx(2.0 / 2.5)
+    assert document["outcome"] == "fail"
+    code, out, _ = said(capsys, old, new, "--gate", "al=-1%")
+    assert code == GATE_FAILED
+    assert "Not compared here: baseline, old" in out
+
+
+def test_of_a_folder_with_several_drafters_the_base_is_asked_for(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = both_arms(tmp_path / "old", 1)
+    arm(old / "other-1", 2, seed=31)
+    code, out, err = said(capsys, old, runs / "spec")
+    assert (code, out) == (2, "")
+    assert "holds 3 arms" in err
+    assert "2 of them that speculate: name the runs of the base first" in err
+
+
+def test_of_runs_named_one_by_one_the_first_is_the_base_whatever_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Swapped by mistake: it is done as it was said, and told."""
+    folder = both_arms(tmp_path / "old", 1, n=1)
+    code, out, _ = said(capsys, folder / "speculative-1", folder / "baseline-1")
+    assert code == 0
+    assert "the base speculates and the arm does not" in " ".join(out.split())
+    code, out, _ = said(capsys, folder / "baseline-1", folder / "speculative-1")
+    assert "the base speculates" not in out
+
+
+def test_of_a_folder_the_drafter_is_pinned_and_held_against_the_pin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = both_arms(tmp_path / "old", 1)
+    new = both_arms(tmp_path / "new", 5, lengths=(1, 1, 3, 3))
+    code, out, _ = said(capsys, old, "--pin", tmp_path / "old.json")
+    assert code == 0
+    assert "Not pinned: baseline" in out
+    document = found_json(capsys, new, "--baseline-file", tmp_path / "old.json", "--gate", "al=-1%")
+    assert [one["from"] for one in document["arms"]] == [
+        [str(new / f"speculative-{i}") for i in (1, 2)]
+    ]
+    assert document["outcome"] == "fail"
+
+
 def test_shards_are_merged(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = [arm(tmp_path / f"base{i}", 0, seed=20 + i, shard=i) for i in (0, 1)]
     spec = [arm(tmp_path / f"spec{i}", 3, seed=30 + i, shard=i) for i in (0, 1)]

@@ -17,7 +17,7 @@ from speedbench.insights import rates
 from speedbench.insights.figures import figure, of_repeats
 from speedbench.insights.pairing import beside_speculation
 from speedbench.insights.steps import Conversations, conversations_of
-from speedbench.report.arms import Arm
+from speedbench.report.arms import Arm, nearest
 from speedbench.report.summary import Figure, Resamples
 
 
@@ -46,8 +46,9 @@ def savings(arms: Sequence[Arm]) -> tuple[Saving, ...]:
         saving(base, arm, resamples)
         for arm in arms
         if not arm.is_baseline
-        for base in arms
-        if base.is_baseline and not beside_speculation(base, arm)
+        for base in nearest(
+            arm, [b for b in arms if b.is_baseline and not beside_speculation(b, arm)]
+        )
     )
 
 

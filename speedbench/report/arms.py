@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from speedbench import store
+from speedbench.checks import Check
 from speedbench.report.merge import merged
 from speedbench.store import Run
 from speedbench.types import UserError
@@ -20,6 +22,10 @@ asked different rows, and neither repeats the other."""
 OF_DRAFTING = ("draft_length", "draft_sample_method", "block_size")
 """Configuration fields that mean nothing where nothing is drafted."""
 
+MANIFEST = "manifest.json"
+SERIES_FILE = "sweep.json"
+"""Beside the runs of a folder that were measured together."""
+
 OF_THE_MOMENT = ("kv_cache_memory_bytes",)
 """Engine settings that follow from what memory was free."""
 
@@ -28,11 +34,13 @@ OF_THE_MOMENT = ("kv_cache_memory_bytes",)
 class Arm:
     """Runs that measured the same: one, or its repeats in the order they were made.
 
-    label  what tells it from the other arms of the same report, such as 'EAGLE3 K=3, concurrency 8'
+    label   what tells it from the other arms of the same report, such as 'EAGLE3 K=3'
+    series  the folder whose runs were measured together, in rounds; '' of runs named one by one
     """
 
     label: str
     runs: tuple[Run, ...]
+    series: str = ""
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -51,30 +59,56 @@ class Arm:
 def load_arms(paths: Sequence[Path], merges: Sequence[Sequence[Path]] = ()) -> tuple[Arm, ...]:
     """The arms in run directories and in folders of such (what --baseline and sweep write).
 
-    Arms come in the order in which they are first named. Raises UserError where a path holds no
-    run, or a run is named twice.
+    Runs alike are repeats of one arm within their folder: what two folders hold was measured at
+    two times, and stays apart. Arms come in the order in which they are first named. Raises
+    UserError where a path holds no run, or a run is named twice.
     """
-    directories = [found for path in paths for found in run_directories(path)]
+    placed = [found for path in paths for found in _placed(path)]
     seen: set[Path] = set()
-    for directory in directories:
+    for directory, _ in placed:
         if directory.resolve() in seen:
             raise UserError(f"{directory} was named twice: name each run once")
         seen.add(directory.resolve())
-    runs = [store.load(directory) for directory in directories]
-    return grouped([*runs, *(merged(shards) for shards in merges)])
+    runs = [store.load(directory) for directory, _ in placed]
+    shards = [merged(some) for some in merges]
+    return grouped([*runs, *shards], [*(series for _, series in placed), *("" for _ in shards)])
+
+
+def _placed(path: Path) -> Iterator[tuple[Path, str]]:
+    """Run directories, each with the series that it belongs to."""
+    for directory in run_directories(path):
+        parent = directory.resolve().parent
+        together = directory != path or (parent / SERIES_FILE).is_file()
+        yield directory, str(parent) if together else ""
+
+
+def is_run(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def series_in(path: Path) -> list[str]:
+    """Of a folder of runs: the folders in it that hold some."""
+    return list(dict.fromkeys(series for _, series in _placed(path)))
 
 
 def run_directories(path: Path) -> list[Path]:
-    """The run itself, or the runs in a folder of runs, in the order they began."""
-    if (path / "manifest.json").is_file() or not path.is_dir():
+    """The run itself, or the runs in a folder and in its folders, in the order they began."""
+    if is_run(path) or not path.is_dir():
         return [path]
-    inside = [one.parent for one in path.glob("*/manifest.json")]
+    inside = list(_runs_in(path))
     if not inside:
         raise UserError(
             f"{path} is no run directory (it has no manifest.json) and holds none: name the "
             "--save_dir of a run, or a folder of runs"
         )
-    return sorted(inside, key=lambda one: (_started(store.read_manifest(one)), one.name))
+    return sorted(inside, key=lambda one: (_started(store.read_manifest(one)), str(one)))
+
+
+def _runs_in(path: Path) -> Iterator[Path]:
+    for folder, inside, files in os.walk(path):
+        if MANIFEST in files:
+            inside.clear()
+            yield Path(folder)
 
 
 def _started(manifest: Mapping[str, Any]) -> str:
@@ -82,16 +116,55 @@ def _started(manifest: Mapping[str, Any]) -> str:
     return min(starts, default="")
 
 
-def grouped(runs: Iterable[Run]) -> tuple[Arm, ...]:
-    """Runs alike become one arm, its repeats in the order they began."""
-    by_identity: dict[str, list[Run]] = {}
-    for run in runs:
-        by_identity.setdefault(identity(run.manifest), []).append(run)
+def grouped(runs: Sequence[Run], series: Sequence[str] = ()) -> tuple[Arm, ...]:
+    """Runs alike become one arm, its repeats in the order they began.
+
+    series  of each run; none: they were named one by one
+    """
+    by_identity: dict[tuple[str, str], list[Run]] = {}
+    for run, one in zip(runs, series or [""] * len(runs), strict=True):
+        by_identity.setdefault((one, identity(run.manifest)), []).append(run)
     groups = [
         sorted(group, key=lambda run: _started(run.manifest)) for group in by_identity.values()
     ]
-    labels = _labels([group[0].manifest for group in groups])
-    return tuple(Arm(label, tuple(group)) for label, group in zip(labels, groups, strict=True))
+    places = [place for place, _ in by_identity]
+    labels = _labels([group[0].manifest for group in groups], places)
+    return tuple(
+        Arm(label, tuple(group), place)
+        for label, group, place in zip(labels, groups, places, strict=True)
+    )
+
+
+def unlike(arm: Arm) -> Iterator[Check]:
+    """What its repeats differ in that should change nothing measured, and might."""
+    first, *others = (run.manifest for run in arm.runs)
+    for number, other in enumerate(others, 2):
+        for what, mine, theirs in lesser_differences(first, other):
+            if mine != theirs:
+                yield Check(
+                    "warning",
+                    f"the repeats differ: {what} is {mine} in run 1 and {theirs} in run {number}",
+                )
+
+
+def lesser_differences(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Software of two manifests: (what, one, the other), equal or not."""
+    packages = [one["environment"].get("packages") or {} for one in (mine, theirs)]
+    for name in sorted(packages[0].keys() & packages[1].keys()):
+        yield f"the package {name}", packages[0][name], packages[1][name]
+    yield "the GPU driver", _drivers(mine), _drivers(theirs)
+
+
+def _drivers(manifest: Mapping[str, Any]) -> list[Any]:
+    gpus = manifest["environment"].get("gpus") or ()
+    return [gpu.get("driver_version") for gpu in gpus if isinstance(gpu, dict)]
+
+
+def nearest(arm: Arm, bases: Sequence[Arm]) -> list[Arm]:
+    """Those of its own series, which were measured in turn with it; if there are none, all."""
+    return [base for base in bases if base.series == arm.series] or list(bases)
 
 
 def identity(manifest: Mapping[str, Any]) -> str:
@@ -126,8 +199,9 @@ LABELLED = (
 """Configuration fields that a label names where arms differ in them, by the words it uses."""
 
 
-def _labels(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was drafted, and what else tells the arms apart; numbered where nothing does."""
+def _labels(manifests: Sequence[Mapping[str, Any]], places: Sequence[str]) -> list[str]:
+    """What was drafted, and what else tells the arms apart: where nothing in the configuration
+    does, the folder, and at last a number."""
     configs = [manifest["config"] for manifest in manifests]
     differing = [
         (word, name)
@@ -145,10 +219,22 @@ def _labels(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
             if (value := config.get(name)) is not None:
                 parts.append(f"{word} {PurePath(value).name if word in SHORT else value}")
         labels.append(", ".join(parts))
+    folders = shortened(places)
+    labels = [
+        f"{label}, {folder}" if labels.count(label) > 1 and folder else label
+        for label, folder in zip(labels, folders, strict=True)
+    ]
     return [
         f"{label} ({labels[: i + 1].count(label)})" if labels.count(label) > 1 else label
         for i, label in enumerate(labels)
     ]
+
+
+def shortened(places: Sequence[str]) -> list[str]:
+    """Folders by their names; by their whole paths where two share one."""
+    names = {place: PurePath(place).name for place in places}
+    shared = {name for name in names.values() if list(names.values()).count(name) > 1}
+    return [place if names[place] in shared else names[place] for place in places]
 
 
 SHORT = ("target", "drafter")

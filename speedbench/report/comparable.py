@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from speedbench.checks import Check
-from speedbench.report.arms import Arm
+from speedbench.report.arms import Arm, lesser_differences
 from speedbench.report.sample import Sample
 from speedbench.store import n_replicas_of
 from speedbench.types import UserError
@@ -111,6 +111,12 @@ def differences(base: Mapping[str, Any], arm: Mapping[str, Any]) -> Mapping[str,
 
 def doubts(base: Arm | Sample, arm: Arm | Sample) -> Iterator[Check]:
     """Sentences about differences: those that were allowed, and those that refuse nothing."""
+    if arm.is_baseline and not base.is_baseline:
+        yield Check(
+            "warning",
+            "the base speculates and the arm does not, so that ratios tell what leaving it out "
+            "does: for a speedup name the baseline first",
+        )
     for name, values in differences(base.manifest, arm.manifest).items():
         told = f"the arms differ in more than speculation: {_sentence(name, values)}"
         yield Check("warning", f"{told} (--allow {name})")
@@ -131,15 +137,7 @@ def doubts(base: Arm | Sample, arm: Arm | Sample) -> Iterator[Check]:
 def _lesser(base: Mapping[str, Any], arm: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for name in WARNED:
         yield f"--{name}", base["config"].get(name), arm["config"].get(name)
-    mine, theirs = (one["environment"].get("packages") or {} for one in (base, arm))
-    for name in sorted(mine.keys() & theirs.keys()):
-        yield f"the package {name}", mine[name], theirs[name]
-    yield "the GPU driver", _drivers(base), _drivers(arm)
-
-
-def _drivers(manifest: Mapping[str, Any]) -> list[Any]:
-    gpus = manifest["environment"].get("gpus") or ()
-    return [gpu.get("driver_version") for gpu in gpus if isinstance(gpu, dict)]
+    yield from lesser_differences(base, arm)
 
 
 def _named(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

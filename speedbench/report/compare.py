@@ -83,7 +83,7 @@ class ArmComparison:
     paired       the arms were asked the same; else every ratio is of two independent samples
     output_tps   ratio of steady output TPS: an interval over repeats, none of a single run
     detectable   the least relative change of user TPS that such a comparison finds with 80 % power
-                 at the 5 % level, from the interval over conversations
+                 at the 5 % level, from the interval of `between.total`
     n_left_out   why -> conversations that are in no paired figure
     checks       about the two as a pair, then those of the arm's own runs
     """
@@ -97,6 +97,12 @@ class ArmComparison:
     detectable: Figure
     n_left_out: Mapping[str, int]
     checks: tuple[Check, ...]
+
+
+def overall_speedup(one: ArmComparison) -> Figure:
+    """The user-TPS ratio over categories; where runs were repeated, with what differs between them
+    in its interval. Every speedup of an arm that anything shows is this one."""
+    return one.overall.user_tps if one.between.total.interval is None else one.between.total
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +158,15 @@ def _arm(base: Sample, arm: Sample) -> ArmComparison:
     both, left_out = _sides(base, arm)
     *by_category, overall = _rows(both)
     checks = [*_doubts(base, arm, both, left_out), *_own_checks(arm)]
+    between = _between(both, overall.user_tps)
     return ArmComparison(
         arm=arm,
         by_category=tuple(by_category),
         overall=overall,
         paired=both.paired,
         output_tps=_output_tps(base, arm),
-        between=_between(both, overall.user_tps),
-        detectable=_detectable(overall.user_tps),
+        between=between,
+        detectable=_detectable(between.total if between.n_rounds > 1 else overall.user_tps),
         n_left_out=left_out,
         checks=tuple(dict.fromkeys(checks)),
     )
@@ -370,7 +377,7 @@ def _output_tps(base: Sample, arm: Sample) -> Figure:
 
 
 def _detectable(overall: Figure) -> Figure:
-    """From the interval of the overall user-TPS ratio, relative to 1."""
+    """From the interval of an overall user-TPS ratio, relative to 1."""
     if overall.value is None or overall.interval is None:
         return Figure(None, why_not=overall.why_not)
     half = float(np.log(overall.interval[1] / overall.interval[0]) / 2)

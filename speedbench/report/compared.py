@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from speedbench.report import comparable
-from speedbench.report.arms import Arm
+from speedbench.report.arms import Arm, nearest
 from speedbench.report.compare import Comparison, compare
 from speedbench.types import UserError
 
@@ -34,7 +34,10 @@ def compared(arms: Sequence[Arm]) -> Compared:
     for arm in arms:
         if arm.is_baseline:
             continue
-        alike = [base for base in bases if not comparable.differences(base.manifest, arm.manifest)]
+        alike = nearest(
+            arm,
+            [b for b in bases if not comparable.differences(b.manifest, arm.manifest)],
+        )
         if len(alike) == 1:
             of_base.setdefault(alike[0].label, []).append(arm)
         else:

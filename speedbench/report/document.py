@@ -16,7 +16,7 @@ from speedbench.report import (
     layout_pareto,
     sample,
 )
-from speedbench.report.arms import Arm
+from speedbench.report.arms import Arm, unlike
 from speedbench.report.blocks import Block, Column, Facts, Heading, Paragraph, Section, Table
 from speedbench.report.compare import ArmComparison, Comparison
 from speedbench.report.compared import Compared, compared
@@ -138,7 +138,9 @@ def _doubts(each: Sequence[Told], found: Compared) -> Iterator[tuple[str, Sequen
     for one in each:
         own.update(one.whole.checks)
         common = set(one.runs[0].checks).intersection(*(run.checks for run in one.runs))
-        yield one.arm.label, [check for check in one.runs[0].checks if check in common]
+        own.update(unlike(one.arm))
+        shared = [check for check in one.runs[0].checks if check in common]
+        yield one.arm.label, [*shared, *unlike(one.arm)]
         for name, run in _named(one):
             yield name, [check for check in run.checks if check not in common]
     for comparison in found.comparisons:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from speedbench.report.arms import LABELLED, NOT_IDENTITY, SHORT, Arm
+from speedbench.report.arms import LABELLED, NOT_IDENTITY, SHORT, Arm, identity, shortened
 from speedbench.store import n_replicas_of
 
 OF_SPECULATION = (
@@ -17,15 +17,30 @@ OF_LOAD = ("concurrency", "max_num_seqs", "warmup")
 
 
 def settings(arms: Sequence[Arm]) -> list[str]:
-    """A label for each arm's setting: what tells it from the others, '' where there is one."""
+    """A label for each arm's setting: what tells it from the others, '' where there is one.
+
+    Folders that hold the same arm are settings of their own: they were measured at two times.
+    """
     keys = [_setting(arm.manifest) for arm in arms]
-    first = {key: arm.manifest for key, arm in reversed(list(zip(keys, arms, strict=True)))}
+    if _is_repeated(keys, arms):
+        keys = [f"{arm.series}\n{key}" for key, arm in zip(keys, arms, strict=True)]
+    first = dict(reversed(list(zip(keys, arms, strict=True))))
+    manifests = [arm.manifest for arm in first.values()]
+    folders = dict(zip(first, shortened([arm.series for arm in first.values()]), strict=True))
     labels: dict[str, str] = {}
     for number, key in enumerate(dict.fromkeys(keys), 1):
-        words = _words(first[key], list(first.values()))
+        words = _words(first[key].manifest, manifests)
+        if len(set(folders.values())) > 1 and folders[key]:
+            words = f"{words}, {folders[key]}" if words else folders[key]
         taken = words in labels.values() or not words
         labels[key] = f"{words} ({number})".strip() if taken and len(first) > 1 else words
     return [labels[key] for key in keys]
+
+
+def _is_repeated(keys: Sequence[str], arms: Sequence[Arm]) -> bool:
+    """Whether one arm is there in two series."""
+    each = {(key, identity(arm.manifest)) for key, arm in zip(keys, arms, strict=True)}
+    return len(each) < len(arms)
 
 
 def _words(manifest: Mapping[str, Any], all_of_them: Sequence[Mapping[str, Any]]) -> str:

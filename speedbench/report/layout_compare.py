@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import Literal
 
 from speedbench.report import layout
@@ -22,9 +23,11 @@ from speedbench.report.compare import (
     ArmComparison,
     CategoryComparison,
     Comparison,
+    overall_speedup,
     significant,
 )
 from speedbench.report.layout import NO_VALUE, NOT_SIGNIFICANT, Cells, interval, number, sentence
+from speedbench.report.sample import Sample
 from speedbench.report.summary import Figure
 
 TITLE = "speedbench: comparison"
@@ -57,8 +60,8 @@ def of_comparison(comparison: Comparison) -> Iterator[Block]:
     yield Heading(TITLE, 1)
     yield Facts(
         (
-            ("base", _named(comparison.base.label, len(comparison.base.runs)), "plain"),
-            *((_arm_word(arms), _named(a.arm.label, len(a.arm.runs)), "plain") for a in arms),
+            ("base", _named(comparison.base), "plain"),
+            *((_arm_word(arms), _named(a.arm), "plain") for a in arms),
         )
     )
     samples = (comparison.base, *(one.arm for one in arms))
@@ -92,8 +95,16 @@ def _arm_word(arms: Sequence[ArmComparison]) -> str:
     return "arm" if len(arms) == 1 else "arms"
 
 
-def _named(label: str, n_runs: int) -> str:
-    return label + (f", {n_runs} runs" if n_runs > 1 else "")
+def _named(one: Sample) -> str:
+    """What it is, and the runs it is made of."""
+    places = [PurePath(run.source) for run in one.runs]
+    folders = {place.parent for place in places}
+    if len(places) == 1:
+        return f"{one.label} ({places[0]})"
+    if len(folders) == 1:
+        names = layout.listed([place.name for place in places])
+        return f"{one.label}, {len(places)} runs ({folders.pop()}: {names})"
+    return f"{one.label}, {len(places)} runs ({layout.listed([str(place) for place in places])})"
 
 
 def _of_arm(one: ArmComparison, comparison: Comparison, prefix: str) -> Iterator[Block]:
@@ -122,7 +133,8 @@ def _headline(one: ArmComparison) -> Facts:
             (
                 "Detectable",
                 f"a change of user TPS of {100 * least:.2f} % is the least that such a comparison "
-                "finds with 80 % power at the 5 % level, runs that do not differ taken for granted",
+                "finds with 80 % power at the 5 % level"
+                + ("" if one.between.n_rounds > 1 else ", if runs do not differ"),
                 "plain",
             )
         )
@@ -138,12 +150,6 @@ def _verdict(ratio: Figure) -> str:
     if significant(ratio) is False:
         return ", NOT SIGNIFICANT: the interval contains 1"
     return ""
-
-
-def overall_speedup(one: ArmComparison) -> Figure:
-    """The user-TPS ratio over categories; where runs were repeated, with what differs between them
-    in its interval."""
-    return one.overall.user_tps if one.between.total.interval is None else one.between.total
 
 
 def _speedup(one: ArmComparison, row: CategoryComparison) -> Figure:

@@ -19,7 +19,7 @@ from speedbench.columns import Floats
 from speedbench.report import groups, sample
 from speedbench.report.arms import Arm
 from speedbench.report.break_even import BreakEven, Speedup, break_even
-from speedbench.report.compare import compare
+from speedbench.report.compare import compare, overall_speedup
 from speedbench.report.sample import Sample
 from speedbench.report.summary import Figure, throughput
 from speedbench.store import Run, n_replicas_of
@@ -312,9 +312,7 @@ def _ratios(base: _Member, others: Mapping[int, _Member]) -> dict[int, _Ratio]:
             nothing = Figure(None, why_not=str(error))
             found[k] = _Ratio(nothing, nothing)
             continue
-        total = one.between.total
-        user = total if total.interval is not None else one.overall.user_tps
-        found[k] = _Ratio(user, _output_ratio(base.outputs, other.outputs))
+        found[k] = _Ratio(overall_speedup(one), _output_ratio(base.outputs, other.outputs))
     return found
 
 

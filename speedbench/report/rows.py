@@ -123,6 +123,8 @@ def _two_samples(base: str, label: str, found: Sampled) -> Iterator[Row]:
 
 
 def _compared(base: str, one: ArmComparison) -> Iterator[Row]:
+    from speedbench.report.compare import overall_speedup
+
     for category in (*one.by_category, one.overall):
         name = "" if category is one.overall else category.name
         here = _Place(one.arm.label, "", name, base)
@@ -131,7 +133,8 @@ def _compared(base: str, one: ArmComparison) -> Iterator[Row]:
         yield here.row("al_base", category.al_base, "tokens/step", definition="al")
         yield here.row("al", category.al, "tokens/step")
         yield here.row("al_ratio", category.al_ratio, n=n)
-        yield here.row("speedup", category.user_tps, n=n)
+        speedup = overall_speedup(one) if category is one.overall else category.user_tps
+        yield here.row("speedup", speedup, n=n)
         yield here.row("step_time_ratio", category.step_time, n=n)
         yield here.row("predicted_speedup", category.predicted, n=n)
         yield here.row("residual", category.residual, definition="predicted_speedup", n=n)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from speedbench import lossless
 from speedbench.checks import Check, all_checks
 from speedbench.lossless import Answers
 from speedbench.report import sides
-from speedbench.report.arms import Arm
+from speedbench.report.arms import Arm, unlike
 from speedbench.report.sides import Measured
 from speedbench.report.summary import Figure, throughput
 from speedbench.store import Run
@@ -54,7 +54,9 @@ class Sample:
 
 
 def of_arm(arm: Arm) -> Sample:
-    return Sample(arm.label, arm.manifest, tuple(_of_run(run) for run in arm.runs))
+    first, *others = (_of_run(run) for run in arm.runs)
+    first = replace(first, checks=(*first.checks, *unlike(arm)))
+    return Sample(arm.label, arm.manifest, (first, *others))
 
 
 def _of_run(run: Run) -> SampleRun:
