@@ -40,7 +40,7 @@ arms, those that speculate are compared: name runs to compare others."""
 
 GATES = """Gates: al=-1% (may fall by at most 1 %), step_time=+5% (may rise by at most 5 %),
 speedup=+-2% (may do neither), al[coding]=-3% (one category). Metrics: al, speedup (user TPS),
-output_tps, step_time, lossless (share of identical outputs, against that between two baseline
+output_tps, step_time, ttft, lossless (share of identical outputs, against that between two baseline
 runs). A gate passes when the whole 95 % interval is within the margin (exit code 0), fails when the
 whole interval is beyond it (3), and is inconclusive else (4): also where there is no interval (one
 round of arms says nothing of how much runs differ: gates of times need --repeat),

@@ -38,13 +38,15 @@ from tests.test_metrics import twin
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation: of each turn, the tokens of its decode steps, and how long they take."""
+    """A conversation: of each turn, the tokens of its decode steps, and how long they take; the
+    i-th turn's TTFT is i times `ttft_ns`."""
 
     category: str
     turns: Sequence[Sequence[int]]
     step_ns: int = 10 * MS
     prompt: str = "00"
     engine_steps: Sequence[int] = ()
+    ttft_ns: int = 50 * MS
     failed: bool = False
 
 
@@ -58,6 +60,7 @@ def run_of(directory: Path, k: int, rows: Mapping[str, Row], **about: Any) -> Ru
                 [1, *decode],
                 number=i,
                 submitted_ns=i * S,
+                ttft_ns=(i + 1) * row.ttft_ns,
                 step_ns=row.step_ns,
                 engine_steps=[1, *row.engine_steps] if row.engine_steps else None,
                 finish="error" if row.failed else "stop",
@@ -263,7 +266,12 @@ def world(seed: int, k: tuple[int, int], n_repeats: int) -> World:
         }
         for _ in range(n_repeats):
             made.rows[which].append(
-                {name: Row(c, steps[name], rng.randint(5, 15) * MS) for c, name, _ in names}
+                {
+                    name: Row(
+                        c, steps[name], rng.randint(5, 15) * MS, ttft_ns=rng.randint(20, 90) * MS
+                    )
+                    for c, name, _ in names
+                }
             )
     return made
 
@@ -283,12 +291,13 @@ def test_every_figure_equals_its_twin(
     parts: dict[str, list[Part]] = {
         "user_tps": [],
         "step_time": [],
+        "ttft": [],
         "al_ratio": [],
         "predicted": [],
     }
     for c in "abc":
         names = [name for name in made.rows[0][0] if name[0] == c]
-        tps, step, pseudo, log, sizes = [], [], [], [], []
+        tps, step, ttft, pseudo, log, sizes = [], [], [], [], [], []
         for w in (0, 1):
             steps = [made.rows[w][0][name].turns for name in names]
             tokens = [sum(map(sum, turns)) for turns in steps]
@@ -303,6 +312,16 @@ def test_every_figure_equals_its_twin(
                 ]
             )
             step.append([statistics.mean(map(math.log, each)) for each in times])
+            ttft.append(
+                [
+                    statistics.mean(
+                        math.log(made.rows[w][r][name].ttft_ns / 1e9 * (i + 1))
+                        for r in range(n_repeats)
+                        for i in range(len(turns))
+                    )
+                    for name, turns in zip(names, steps, strict=True)
+                ]
+            )
             pooled = [censored(turns, k[w]) * n_repeats for turns in steps]
             pseudo.append(jackknife(pooled, k[w]))
             log.append(log_al(pooled, k[w]))
@@ -317,6 +336,7 @@ def test_every_figure_equals_its_twin(
         assert ratio.mean == pytest.approx(log[1] - log[0])
         parts["user_tps"].append(part(minus(tps)))
         parts["step_time"].append(part(cost))
+        parts["ttft"].append(part(minus(ttft)))
         parts["al_ratio"].append(ratio)
         parts["predicted"].append(part([a - s for a, s in zip(al, cost, strict=True)], both))
         assert found[c].al.value == pytest.approx(math.exp(log[1]))
@@ -366,6 +386,7 @@ def measured(
         tuple(categories),
         log_tps,
         np.log(shown / np.array(steps)) - log_tps,
+        -log_tps,
         lengths,
         dict.fromkeys(names, ((0, "00"),)),
     )
@@ -523,6 +544,10 @@ def test_repeats_are_averaged_and_their_spread_is_told_apart() -> None:
     assert one.between.sd.interval == pytest.approx(
         [sd * math.sqrt(2 / chi2.ppf(q, 2)) for q in (0.975, 0.025)]
     )
+    # Their TTFT was made the inverse.
+    assert one.between_ttft.by_round == pytest.approx((1 / 1.1, 1 / 1.2, 1 / 1.5))
+    assert one.between_ttft.sd.value == pytest.approx(sd)
+    assert one.overall.ttft.value == pytest.approx(math.exp(-mean))
     half = float(t.ppf(0.975, 2)) * sd / math.sqrt(3)
     assert one.between.total.value == pytest.approx(math.exp(mean))
     assert one.between.total.interval == pytest.approx(

@@ -63,6 +63,7 @@ def compared(
             al_ratio=ratios.get("al_ratio", NONE),
             user_tps=ratios.get("user_tps", USUAL),
             step_time=ratios.get("step_time", NONE),
+            ttft=ratios.get("ttft", NONE),
             predicted=NONE,
             residual=NONE,
         )
@@ -76,6 +77,9 @@ def compared(
         detectable=NONE,
         between=BetweenRuns(
             2, (1.0, 1.0), NONE, ratios.get("total", ratios.get("user_tps", USUAL))
+        ),
+        between_ttft=BetweenRuns(
+            2, (1.0, 1.0), NONE, ratios.get("total_ttft", ratios.get("ttft", NONE))
         ),
         n_left_out=n_left_out or {},
         checks=(),
@@ -127,6 +131,8 @@ def one(
         ("al=\N{MINUS SIGN}1%", Gate("al", None, "fall", 0.01)),
         ("output_tps = -0.5 %", Gate("output_tps", None, "fall", 0.005)),
         ("lossless=-1%", Gate("lossless", None, "fall", 0.01)),
+        ("lossless=+-10%", Gate("lossless", None, "both", 0.1)),
+        ("AL=-1%", Gate("al", None, "fall", 0.01)),
         ("al=-0%", Gate("al", None, "fall", 0.0)),
         ("step_time=+150%", Gate("step_time", None, "rise", 1.5)),
     ],
@@ -148,7 +154,8 @@ def test_gates_are_read(text: str, gate: Gate) -> None:
         ("speedups=-1%", ["speedups", "speedup"]),
         ("al=+1%", ["fall without limit", "al=-1%"]),
         ("step_time=-5%", ["rise without limit", "step_time=+5%"]),
-        ("lossless=+-1%", ["lossless", "lossless=-1%"]),
+        ("lossless=+1%", ["fall without limit", "lossless=-1%"]),
+        ("Loseless=-1%", ["loseless", "did you mean lossless?"]),
         ("output_tps[qa]=-1%", ["output_tps", "speedup"]),
         ("al=-100%", ["100"]),
     ],
@@ -228,11 +235,12 @@ def test_one_round_says_nothing_of_the_next_run(arm: Sample) -> None:
     assert one(arm, "al=-1%", one_round).outcome == "pass"  # no clock has a part in it
 
 
+def within(centre: float, half: float) -> Figure:
+    return Figure(centre, (centre * math.exp(-half), centre * math.exp(half)))
+
+
 def test_times_take_the_spread_of_runs_in(arm: Sample) -> None:
     """exp(+-0.03) over conversations, exp(+-0.05) with runs: runs add 0.04, in squares."""
-
-    def within(centre: float, half: float) -> Figure:
-        return Figure(centre, (centre * math.exp(-half), centre * math.exp(half)))
 
     ratios = {"user_tps": within(1, 0.03), "total": within(1, 0.05), "step_time": within(1.2, 0.09)}
     for gate, centre, half in (
@@ -271,6 +279,18 @@ def test_the_sentence_of_what_may_not_rise(arm: Sample) -> None:
 
     assert of(0.9, 1.0).startswith("the whole 95 % interval is at or below +5 %")
     assert of(1.1, 1.2).startswith("the whole 95 % interval is above +5 %")
+
+
+def test_ttft_has_a_spread_between_runs_of_its_own(arm: Sample) -> None:
+    """That of user TPS, which is none here, says nothing of it."""
+    ratios = {"ttft": within(1, 0.03), "total_ttft": within(1, 0.05)}
+    assert one(arm, "ttft=+5.1%", {"ttft": within(1, 0.03)}).outcome == "pass"
+    (low, high) = one(arm, "ttft=+5.1%", ratios).change.interval or (0, 0)
+    assert math.log1p(high) == pytest.approx(0.05)
+    assert math.log1p(low) == pytest.approx(-0.05)
+    assert one(arm, "ttft=+4%", ratios).outcome == "inconclusive"
+    alone = {"ttft": within(1, 0.03), "total_ttft": Figure(1.0, why_not="one round")}
+    assert "one round" in one(arm, "ttft=+5%", alone).why
 
 
 def test_step_time_may_not_rise(arm: Sample) -> None:
@@ -379,6 +399,32 @@ def test_lossless_is_held_against_the_floor(arm: Sample) -> None:
     assert found(400, 20).outcome == "inconclusive"
     assert found(400, 60).change.value == pytest.approx(-0.15)
     assert "points" in change_in_words(found(400, 60))
+
+
+def test_lossless_is_told_in_points_wherever_it_is_told(arm: Sample) -> None:
+    """Shares are apart by points; a fraction of the base's value would be another number."""
+    for text, allowed in (("lossless=-5%", "-5 points"), ("lossless=+-10%", "+-10 points")):
+        found = one(arm, text, {}, lossless=outputs(2000, 0))
+        (table,) = (block for block in of_gates([found]) if isinstance(block, Table))
+        assert (found.outcome, found.gate.allowed) == ("pass", allowed)
+        assert allowed in found.why
+        assert allowed in table.rows[0]
+        assert change_in_words(found).startswith("+0.00 points (95 % ")
+    assert one(arm, "al=-5%", GOOD).gate.allowed == "-5 %"
+
+
+def test_two_sided_lossless_needs_a_floor(arm: Sample) -> None:
+    """Of 2000 outputs 990 or 10 differ where a baseline run differs from another in none: below
+    by 49.5 and 0.5 points. Without another baseline run nothing tells how far a share is above."""
+    for n_other, outcome in ((10, "pass"), (990, "fail")):
+        found = one(arm, "lossless=+-10%", {}, lossless=outputs(2000, n_other))
+        assert found.outcome == outcome
+        assert found.change.value == pytest.approx(-n_other / 2000)
+    mine = {(f"c{i}", 0): answer("qa", "p", np.array([i], np.int32)) for i in range(2000)}
+    alone = greedy([mine], [mine])
+    assert one(arm, "lossless=-10%", {}, lossless=alone).outcome == "pass"
+    found = one(arm, "lossless=+-10%", {}, lossless=alone)
+    assert (found.outcome, found.why) == ("inconclusive", alone.overall.difference.why_not)
 
 
 def test_few_identical_outputs_are_no_proof_of_losslessness(arm: Sample) -> None:

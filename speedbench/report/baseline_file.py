@@ -8,12 +8,14 @@ One run: where it was stored, its checks, its throughput, and its conversations,
               are null where the request failed
     category, failed; where it failed nothing follows, and the category may not be known
     log_tps, log_step   natural logarithms of user TPS (1/s) and of the mean step time (s), or null
+    log_ttft   mean over its turns of the natural logarithm of TTFT (s), or null
     lengths   decode steps by length, uncensored and then censored, K + 2 counts each
 Numbers are at full precision. The outputs themselves are not kept: two are the same or they are
 not, and where they part is not known.
 
 History
-  speedbench.baseline/1  as above
+  speedbench.baseline/1  without log_ttft
+  speedbench.baseline/2  as above
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from speedbench.report.summary import Figure
 from speedbench.types import UserError
 
 SCHEMA = "speedbench.baseline"
-VERSION = 1
+VERSION = 2
 NONE = (None, None)
 
 NOT_KEPT = frozenset({"argv", "hostname"})
@@ -92,6 +94,7 @@ def _conversations(run: SampleRun) -> Iterator[dict[str, Any]]:
         if place is not None:
             row["log_tps"] = _number(found.log_tps[place])
             row["log_step"] = _number(found.log_step[place])
+            row["log_ttft"] = _number(found.log_ttft[place])
             row["lengths"] = [int(n) for n in found.lengths[place]]
         yield row
 
@@ -169,6 +172,7 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> Measured:
         category=tuple(str(row["category"]) for row in good),
         log_tps=_floats([row["log_tps"] for row in good]),
         log_step=_floats([row["log_step"] for row in good]),
+        log_ttft=_floats([row.get("log_ttft") for row in good]),  # not in version 1
         lengths=np.array([row["lengths"] for row in good], np.int64).reshape(len(good), -1),
         asked={row["id"]: tuple((int(t[0]), str(t[1])) for t in row["turns"]) for row in rows},
     )

@@ -38,6 +38,8 @@ class CategoryComparison:
     step_time    geometric mean of the paired ratios of mean step time, arm / base: what a step
                  with drafting costs. A conversation's mean step time is its decode time (first to
                  last step, over its turns) over its decode steps.
+    ttft         geometric mean of the paired ratios of TTFT, arm / base: of a conversation, the
+                 geometric mean over its turns
     predicted    al_ratio / step_time: the speedup that acceptance and step time would give
     residual     user_tps / predicted. User TPS is tokens per decode step as they look over step
                  time, so this holds what tells those tokens from the AL: last steps that show fewer
@@ -54,15 +56,16 @@ class CategoryComparison:
     al_ratio: Figure
     user_tps: Figure
     step_time: Figure
+    ttft: Figure
     predicted: Figure
     residual: Figure
 
 
 @dataclass(frozen=True, slots=True)
 class BetweenRuns:
-    """How much repeats differ; round i holds the i-th repeat of each arm.
+    """How much repeats differ in one ratio; round i holds the i-th repeat of each arm.
 
-    by_round  overall user-TPS ratio of each round
+    by_round  overall ratio of each round
     sd        their relative standard deviation (of the log ratio)
     total     the overall ratio with the interval that holds both kinds of spread, that of
               conversations and that of runs (stats.half_width_of_both)
@@ -81,6 +84,7 @@ class ArmComparison:
     overall      acceptance lengths are arithmetic means over categories, ratios geometric ones:
                  al_ratio is not al / al_base there
     paired       the arms were asked the same; else every ratio is of two independent samples
+    between, between_ttft  what differs between runs, of the ratio of user TPS and of that of TTFT
     output_tps   ratio of steady output TPS: an interval over repeats, none of a single run
     detectable   the least relative change of user TPS that such a comparison finds with 80 % power
                  at the 5 % level, from the interval of `between.total`
@@ -94,6 +98,7 @@ class ArmComparison:
     paired: bool
     output_tps: Figure
     between: BetweenRuns
+    between_ttft: BetweenRuns
     detectable: Figure
     n_left_out: Mapping[str, int]
     checks: tuple[Check, ...]
@@ -121,6 +126,7 @@ SINGLE = "an interval needs two conversations in a category"
 CUT = "a position was reached only by steps that the end of a request cut off"
 RARE = "too few conversations reach the longest steps for an interval"
 UNCOUNTED = "its events merge engine steps, or may, and cannot be counted"
+UNSTAMPED = "no conversation has a known TTFT in both arms"
 JOINT = "the step times lack conversations whose events merge engine steps, or may"
 ONE_ROUND = "there is one round: repeat both arms (--repeat) to know how much runs differ"
 
@@ -158,7 +164,8 @@ def _arm(base: Sample, arm: Sample) -> ArmComparison:
     both, left_out = _sides(base, arm)
     *by_category, overall = _rows(both)
     checks = [*_doubts(base, arm, both, left_out), *_own_checks(arm)]
-    between = _between(both, overall.user_tps)
+    between = _between(both, overall.user_tps, [side.log_tps for side in both.each])
+    between_ttft = _between(both, overall.ttft, [side.log_ttft for side in both.each])
     return ArmComparison(
         arm=arm,
         by_category=tuple(by_category),
@@ -166,6 +173,7 @@ def _arm(base: Sample, arm: Sample) -> ArmComparison:
         paired=both.paired,
         output_tps=_output_tps(base, arm),
         between=between,
+        between_ttft=between_ttft,
         detectable=_detectable(between.total if between.n_rounds > 1 else overall.user_tps),
         n_left_out=left_out,
         checks=tuple(dict.fromkeys(checks)),
@@ -250,6 +258,7 @@ def _rows(both: _Both) -> list[CategoryComparison]:
     joint = [s.pseudo - t for s, t in zip(both.each, log_step, strict=True)]
     rest = [t - j for t, j in zip(log_tps, joint, strict=True)]
     user_tps, step_time = both.contrast(*log_tps), both.contrast(*log_step)
+    ttft = both.contrast(*(side.log_ttft.mean(axis=0) for side in both.each))
     al = both.contrast(base.pseudo, arm.pseudo, pseudo=True).at(arm.log_al - base.log_al)
     predicted = both.contrast(*joint, pseudo=True).at(al.value - step_time.value)
     residual = both.contrast(*rest, pseudo=True).at(user_tps.value - predicted.value)
@@ -265,6 +274,7 @@ def _rows(both: _Both) -> list[CategoryComparison]:
         _figures(both, al, CUT, RARE),
         _figures(both, user_tps, NO_PAIR, SINGLE),
         _figures(both, step_time, UNCOUNTED, UNCOUNTED),
+        _figures(both, ttft, UNSTAMPED, SINGLE),
         _figures(both, predicted, either, rare),
         _figures(both, residual, either, rare),
     )
@@ -327,19 +337,23 @@ def _first_fault(both: _Both, made: Sequence[Figure], is_fault: Callable[[Figure
 # ---------------------------------------------------------------- runs
 
 
-def _between(both: _Both, overall: Figure) -> BetweenRuns:
-    """Round i: the i-th repeat of each arm."""
-    n = min(len(side.log_tps) for side in both.each)
+def _between(both: _Both, overall: Figure, logs: Sequence[Floats]) -> BetweenRuns:
+    """Round i: the i-th repeat of each arm. logs: (R, P) of base and arm; `overall` is of these."""
+    n = min(len(values) for values in logs)
     if overall.value is None:
         nothing = Figure(None, why_not=overall.why_not)
         return BetweenRuns(n, (), nothing, nothing)
     g = len(both.categories)
+    categories = [side.category for side in both.each]
     if both.paired:
-        ratios = both.arm.log_tps[:n] - both.base.log_tps[:n]
-        by_round, own = stats.round_means(ratios, both.base.category, g)
+        ratios, (category, _) = logs[1][:n] - logs[0][:n], categories
+        known = ~np.isnan(ratios).any(axis=0)
+        by_round, own = stats.round_means(ratios[:, known], category[known], g)
     else:
+        every = [~np.isnan(values[:n]).any(axis=0) for values in logs]
         (mine, own_base), (theirs, own_arm) = (
-            stats.round_means(side.log_tps[:n], side.category, g) for side in both.each
+            stats.round_means(values[:n, known], category[known], g)
+            for values, known, category in zip(logs, every, categories, strict=True)
         )
         by_round, own = theirs - mine, own_base + own_arm
     each = tuple(float(value) for value in np.exp(by_round))

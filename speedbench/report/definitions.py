@@ -16,7 +16,7 @@ class Term:
     id       what links point at; the key in `TERMS`
     formula  how it is computed, where words are longer
     unit     '' for a pure number
-    source   paper, or section of DESIGN.md
+    source   paper or program that it is taken from; '' for our own: then the text says it all
     aliases  headers and labels that mean it, in small letters, without their units
     """
 
@@ -29,10 +29,8 @@ class Term:
     aliases: tuple[str, ...] = ()
 
 
-DESIGN_2 = "DESIGN section 2"
-DESIGN_5 = "DESIGN section 5"
-KAPLAN_MEIER = "Kaplan & Meier 1958, JASA 53:457-481; DESIGN section 2"
-PUBLISHED = "SPEED-Bench's console; DESIGN section 2"
+KAPLAN_MEIER = "Kaplan & Meier 1958, JASA 53:457-481"
+PUBLISHED = "SPEED-Bench's console"
 
 _TERMS = (
     # ------------------------------------------------------------ acceptance
@@ -71,7 +69,7 @@ _TERMS = (
         "uncut decode steps; mean per conversation, per category, over categories",
         "",
         "tokens per decode step",
-        DESIGN_2,
+        "",
         ("al_conversation",),
     ),
     Term(
@@ -80,7 +78,7 @@ _TERMS = (
         "verify steps only (a draft was checked); every step equal",
         "",
         "tokens per verify step",
-        DESIGN_2,
+        "",
         ("al_drafted",),
     ),
     Term(
@@ -99,7 +97,7 @@ _TERMS = (
         "the engine's own counters: 1 + accepted / drafts",
         "",
         "tokens per drafted step",
-        DESIGN_2,
+        "",
         ("al_engine",),
     ),
     Term(
@@ -109,7 +107,7 @@ _TERMS = (
         "alone",
         "",
         "tokens per decode step",
-        "DESIGN section 6",
+        "",
         ("closed form", "closed-form al", "expected al"),
     ),
     Term(
@@ -118,7 +116,7 @@ _TERMS = (
         "acceptance length of an arm over that of the baseline, paired per conversation",
         "AL / AL of the baseline",
         "",
-        DESIGN_2,
+        "",
         ("ratio of al",),
     ),
     Term(
@@ -127,7 +125,7 @@ _TERMS = (
         "draft tokens proposed per verification step; one meaning across engines",
         "",
         "tokens",
-        DESIGN_2,
+        "",
         ("k", "draft length", "draft length k", "draft tokens", "best k"),
     ),
     Term(
@@ -138,7 +136,7 @@ _TERMS = (
         "steps",
         "",
         "",
-        DESIGN_2,
+        "",
         ("steps", "decode steps", "n steps", "number of steps", "share of steps"),
     ),
     Term(
@@ -147,7 +145,7 @@ _TERMS = (
         "decode steps by how many tokens they hold; cut-off ones by what they show",
         "",
         "steps",
-        DESIGN_2,
+        "",
         ("histogram", "acceptance length histogram", "tokens in the step", "uncut", "cut off"),
     ),
     Term(
@@ -177,7 +175,7 @@ _TERMS = (
         "share of drafted tokens that were accepted: a probability, not a length",
         "accepted draft tokens / drafted tokens",
         "probability",
-        DESIGN_2,
+        "",
         ("accept_rate", "accept rate"),
     ),
     Term(
@@ -186,7 +184,7 @@ _TERMS = (
         "probability that all of the first k draft tokens are accepted",
         "joint k = rate 1 x ... x rate k",
         "probability",
-        DESIGN_2,
+        "",
         ("joint", "joint rate"),
     ),
     Term(
@@ -195,7 +193,7 @@ _TERMS = (
         "the k-th draft token of a step, k = 1..K",
         "",
         "",
-        DESIGN_2,
+        "",
         ("position", "draft position"),
     ),
     Term(
@@ -204,7 +202,7 @@ _TERMS = (
         "share of decode steps in which a draft was checked",
         "verify steps / decode steps",
         "",
-        DESIGN_2,
+        "",
         ("draft hit rate", "hit rate"),
     ),
     Term(
@@ -213,7 +211,7 @@ _TERMS = (
         "conversations measured / conversations that were to be measured; failed ones are missing",
         "",
         "conversations",
-        DESIGN_5,
+        "",
         ("n/n", "complete", "completeness", "n complete"),
     ),
     Term(
@@ -227,7 +225,6 @@ _TERMS = (
         "conversation",
         "Conversations",
         "rows of the dataset, each with its turns: the unit of resampling",
-        source=DESIGN_5,
         aliases=("conversations", "n conversations"),
     ),
     Term(
@@ -251,7 +248,7 @@ _TERMS = (
         "time to first token",
         "first step - submitted",
         "s or ms, as the header says",
-        DESIGN_2,
+        "",
         ("ttft", "ttft time", "time to first token", "ttft p50", "ttft p95", "ttft p99"),
     ),
     Term(
@@ -261,7 +258,7 @@ _TERMS = (
         "left out",
         "",
         "s or ms, as the header says",
-        DESIGN_2,
+        "",
         (
             "step time",
             "request generation step time",
@@ -277,7 +274,7 @@ _TERMS = (
         "time from the submission of a request to its last step",
         "last step - submitted",
         "s",
-        DESIGN_2,
+        "",
         ("e2e", "e2e request time"),
     ),
     Term(
@@ -287,7 +284,7 @@ _TERMS = (
         "request (per conversation where arms are paired)",
         "",
         "tokens/s",
-        DESIGN_2,
+        "",
         (
             "user tps",
             "request generation tokens per second",
@@ -300,7 +297,7 @@ _TERMS = (
         "tokens that a request, or a run, put out; the token that stops it counts",
         "",
         "tokens",
-        DESIGN_5,
+        "",
         ("number of output tokens", "output tokens", "tokens"),
     ),
     Term(
@@ -309,7 +306,7 @@ _TERMS = (
         "all output tokens over wall time, from the run's start to its end",
         "",
         "tokens/s",
-        DESIGN_2,
+        "",
         ("output tps", "throughput", "output tps, whole", "output tps (whole)"),
     ),
     Term(
@@ -318,7 +315,7 @@ _TERMS = (
         "output tokens within the steady window over its duration",
         "",
         "tokens/s",
-        DESIGN_2,
+        "",
         ("output tps, steady", "output tps (steady)", "steady output tps"),
     ),
     Term(
@@ -328,7 +325,7 @@ _TERMS = (
         "all of them share",
         "",
         "s",
-        DESIGN_2,
+        "",
         ("steady window",),
     ),
     Term(
@@ -337,7 +334,7 @@ _TERMS = (
         "output TPS divided by the GPUs used (tp x pp x dp, times replicas)",
         "",
         "tokens/s and GPU",
-        DESIGN_2,
+        "",
         ("output tps/gpu", "output tps per gpu", "output tps/gpu, steady"),
     ),
     Term(
@@ -346,7 +343,7 @@ _TERMS = (
         "tokens whose step fell into each of equal spans of the run, over the span's length",
         "",
         "tokens/s",
-        DESIGN_2,
+        "",
         ("output rate", "tokens put out"),
     ),
     Term(
@@ -356,7 +353,7 @@ _TERMS = (
         "equal spans of the run; of stored requests alone",
         "",
         "requests",
-        DESIGN_2,
+        "",
         ("requests in flight", "in flight"),
     ),
     Term(
@@ -367,7 +364,7 @@ _TERMS = (
         "sharing and drafts",
         "",
         "tokens",
-        DESIGN_2,
+        "",
         ("tokens in flight",),
     ),
     Term(
@@ -376,7 +373,7 @@ _TERMS = (
         "time since the run's first measured request could be submitted (warm-up is over)",
         "",
         "s",
-        DESIGN_2,
+        "",
         ("time since the start",),
     ),
     Term(
@@ -407,7 +404,7 @@ _TERMS = (
         "conversations in flight at once, per replica: the closed loop keeps so many slots filled",
         "",
         "conversations",
-        DESIGN_5,
+        "",
         ("concurrency", "slots", "batch size"),
     ),
     # ------------------------------------------------------------ comparison
@@ -419,7 +416,7 @@ _TERMS = (
         "independent samples, and so labelled, where prompts differ",
         "exp(mean of log(user TPS / baseline's user TPS))",
         "",
-        DESIGN_2,
+        "",
         ("user-tps speedup", "user-tps ratio", "user tps speedup"),
     ),
     Term(
@@ -428,8 +425,18 @@ _TERMS = (
         "ratio of steady output TPS at equal concurrency; an interval needs repeats of both arms",
         "steady output TPS / baseline's",
         "",
-        DESIGN_2,
+        "",
         ("output-tps speedup", "output-tps ratio", "output tps speedup"),
+    ),
+    Term(
+        "ttft_ratio",
+        "TTFT ratio",
+        "geometric mean of the paired ratios of TTFT, of a conversation the geometric mean over "
+        "its turns; less is faster",
+        "TTFT / baseline's TTFT",
+        "",
+        "",
+        ("ratio of ttft",),
     ),
     Term(
         "step_time_ratio",
@@ -518,7 +525,7 @@ _TERMS = (
         "what intervals over conversations do not hold",
         "",
         "",
-        DESIGN_5,
+        "",
         ("between runs", "between-run sd"),
     ),
     Term(
@@ -527,7 +534,7 @@ _TERMS = (
         "conversations measured in both arms with the same prompts, token by token",
         "",
         "conversations",
-        DESIGN_5,
+        "",
         ("n pairs", "paired"),
     ),
     Term(
@@ -644,7 +651,8 @@ _TERMS = (
         "overestimate",
         "Random over real",
         "what a run on random tokens shows over what one on real prompts shows, on the same engine "
-        "and drafter",
+        "and drafter. Of AL: the overall AL of the one over that of the other, means over their "
+        "categories; a comparison's AL ratio is of geometric means",
         "random / real",
     ),
     Term(
@@ -705,11 +713,12 @@ _TERMS = (
     Term(
         "fingerprint",
         "Fingerprint",
-        "sha256 over the token IDs of all prompts: the same in two runs, and the engines received "
-        "the same",
+        "sha256 over the token IDs of the prompts that are known before a run: of all turns, or, "
+        "where replies become history, of the first turns; the page says which. The same in two "
+        "runs, and the engines received the same there",
         "",
         "",
-        "DESIGN section 1",
+        "",
         ("fingerprint",),
     ),
 )

@@ -14,7 +14,7 @@ from typing import Literal
 
 from speedbench.lossless import Greedy, Losslessness
 from speedbench.report import sides
-from speedbench.report.compare import ArmComparison, CategoryComparison
+from speedbench.report.compare import ArmComparison, BetweenRuns, CategoryComparison
 from speedbench.report.summary import Figure
 from speedbench.types import UserError
 from speedbench.words import like
@@ -26,11 +26,12 @@ METRICS: Mapping[str, tuple[Literal["fall", "rise"], str]] = {
     "speedup": ("fall", "user TPS, paired per conversation"),
     "output_tps": ("fall", "steady output TPS, from run to run"),
     "step_time": ("rise", "time of a decode step"),
+    "ttft": ("rise", "time to the first token, paired per conversation"),
     "lossless": ("fall", "share of identical outputs, less that between two baseline runs"),
 }
 """What can be gated: the direction that is bad, and what it is."""
 
-OF_CLOCKS = ("speedup", "output_tps", "step_time")
+OF_CLOCKS = ("speedup", "output_tps", "step_time", "ttft")
 """Metrics that no two runs repeat to the last digit."""
 
 MISSING = 0.01
@@ -51,7 +52,8 @@ _FORM = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """By how much (`margin` > 0, a fraction of the base's value) a metric may change.
+    """By how much (`margin` > 0) a metric may change: a fraction of the base's value, or, of
+    lossless, of all outputs (a difference of shares, told in percentage points).
 
     category  None: over all
     side      which change is bounded: a fall, a rise, or both (equivalence)
@@ -67,9 +69,15 @@ class Gate:
         return self.metric if self.category is None else f"{self.metric}[{self.category}]"
 
     @property
+    def unit(self) -> str:
+        """Of a change: per cent of the base's value; of shares, the points they are apart."""
+        return "points" if self.metric == "lossless" else "%"
+
+    @property
     def allowed(self) -> str:
-        """'-1 %', '+5 %', '+-1 %'."""
-        return f"{ {'fall': '-', 'rise': '+', 'both': '+-'}[self.side] }{100 * self.margin:g} %"
+        """'-1 %', '+5 %', '+-1 %'; of lossless '-1 points'."""
+        sign = {"fall": "-", "rise": "+", "both": "+-"}[self.side]
+        return f"{sign}{100 * self.margin:g} {self.unit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +104,13 @@ def parse_gate(text: str) -> Gate:
             "METRIC=+-N%, with [CATEGORY] after the metric for one category, such as "
             "al[coding]=-3%"
         )
-    metric, sign = match["metric"], match["sign"]
+    metric, sign = match["metric"].lower(), match["sign"]
     if metric not in METRICS:
         known = like(metric, METRICS, f"expected {', '.join(METRICS)}")
         raise UserError(f"--gate names the metric '{metric}', which there is not{known}")
     bad, _ = METRICS[metric]
     side = {"-": "fall", "+": "rise"}.get(sign, "both")
-    if side not in (bad, "both") or (metric == "lossless" and side == "both"):
+    if side not in (bad, "both"):
         wanted = {"fall": "-", "rise": "+"}[bad]
         raise UserError(
             f"--gate is '{text}', which would let {metric} {bad} without limit: give the most that "
@@ -149,8 +157,7 @@ def change_in_words(result: GateResult) -> str:
     change = result.change
     if change.value is None:
         return "n/a"
-    unit = " points" if result.gate.metric == "lossless" else " %"
-    text = f"{_hundredths(change.value)}{unit}"
+    text = f"{_hundredths(change.value)} {result.gate.unit}"
     if change.interval is None:
         return text
     low, high = change.interval
@@ -215,24 +222,27 @@ def _ratio(gate: Gate, compared: ArmComparison, lossless: Losslessness) -> tuple
     row = compared.overall if gate.category is None else rows.get(gate.category)
     if row is None:
         return Figure(None, why_not="the category has no pair of conversations"), 0
+    of_tps = compared.between, compared.overall.user_tps
     figures = {
         "al": row.al_ratio,
-        "speedup": _with_runs(row.user_tps, compared),
+        "speedup": _with_runs(row.user_tps, *of_tps),
         "output_tps": compared.output_tps,
-        "step_time": _with_runs(row.step_time, compared),
+        "step_time": _with_runs(row.step_time, *of_tps),
+        "ttft": _with_runs(row.ttft, compared.between_ttft, compared.overall.ttft),
     }
     return figures[gate.metric], _n(row, compared)
 
 
-def _with_runs(ratio: Figure, compared: ArmComparison) -> Figure:
+def _with_runs(ratio: Figure, between: BetweenRuns, alone: Figure) -> Figure:
     """A ratio of times, its interval widened by what runs differ in as a whole.
 
     The interval of `ratio` holds the choice of conversations alone, and the same arm measured twice
-    may well differ by more. What repeats add to the overall user TPS (its interval with them
-    against that without) is taken for the same in every category and for step times: a run as a
-    whole is faster or slower. Where there is one round nothing is known of it: no interval.
+    may well differ by more. What repeats add to an overall ratio (its interval with them, in
+    `between`, against `alone`, that without) is taken for the same in every category, and that of
+    user TPS for step times, too: a run as a whole is faster or slower. Where there is one round
+    nothing is known of it: no interval.
     """
-    both, alone = compared.between.total, compared.overall.user_tps
+    both = between.total
     if ratio.interval is None or ratio.value is None:
         return ratio
     if both.interval is None or alone.interval is None:
@@ -255,7 +265,8 @@ def _n(row: CategoryComparison, compared: ArmComparison) -> int:
 
 def _kept(gate: Gate, lossless: Losslessness) -> Figure:
     """1 + (share identical - floor). Without a floor it is held against 1, the most that a floor
-    can be, which can only be too strict: what passes then passes against any floor."""
+    can be, which can only be too strict on a fall: what passes then passes against any floor. How
+    far a share is above a floor that is not known, nothing tells."""
     if not isinstance(lossless, Greedy):
         return Figure(
             None,
@@ -268,7 +279,8 @@ def _kept(gate: Gate, lossless: Losslessness) -> Figure:
         return Figure(None, why_not="the category has no output")
     if row.difference.value is not None:
         return _shifted(row.difference)
-    if row.share.interval is not None and row.share.interval[0] >= 1 - gate.margin:
+    share = row.share.interval
+    if gate.side == "fall" and share is not None and share[0] >= 1 - gate.margin:
         return row.share
     return Figure(None, why_not=row.difference.why_not)
 

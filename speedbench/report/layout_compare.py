@@ -126,6 +126,7 @@ def _headline(one: ArmComparison) -> Facts:
     items: list[tuple[str, str, Literal["plain"]]] = [
         ("User TPS", _user_tps(one), "plain"),
         ("Output TPS", _output_tps(one), "plain"),
+        ("TTFT", _ttft(one), "plain"),
         ("Between runs", _between(one), "plain"),
     ]
     if (least := one.detectable.value) is not None:
@@ -178,6 +179,14 @@ def _output_tps(one: ArmComparison) -> str:
     if ratio.value is None:
         return f"{sentence(ratio)}."
     return f"{sentence(ratio)} times the base's, while all slots were filled{_verdict(ratio)}."
+
+
+def _ttft(one: ArmComparison) -> str:
+    repeated = one.between_ttft.total
+    ratio = one.overall.ttft if repeated.interval is None else repeated
+    if ratio.value is None:
+        return f"{sentence(ratio)}."
+    return f"{sentence(ratio)} times the base's{_verdict(ratio)}. Less is faster."
 
 
 def _between(one: ArmComparison) -> str:

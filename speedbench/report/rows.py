@@ -136,6 +136,7 @@ def _compared(base: str, one: ArmComparison) -> Iterator[Row]:
         speedup = overall_speedup(one) if category is one.overall else category.user_tps
         yield here.row("speedup", speedup, n=n)
         yield here.row("step_time_ratio", category.step_time, n=n)
+        yield here.row("ttft_ratio", category.ttft, n=n)
         yield here.row("predicted_speedup", category.predicted, n=n)
         yield here.row("residual", category.residual, definition="predicted_speedup", n=n)
     here = _Place(one.arm.label, "", "", base)

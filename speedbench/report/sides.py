@@ -11,8 +11,9 @@ import numpy as np
 
 from speedbench import metrics, stats
 from speedbench.checks import counted
-from speedbench.columns import Floats, Ints
+from speedbench.columns import Columns, Floats, Ints
 from speedbench.store import Run
+from speedbench.types import UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Measured:
     failed     ids of the others
     log_tps    (C',) of user TPS; NaN where no time passed after the first tokens
     log_step   (C',) of the mean step time in s; NaN there, and where steps cannot be counted
+    log_ttft   (C',) mean over its turns of the logarithm of TTFT in s; NaN where one is not known
     lengths    (C', 2 (K+2)) decode steps by length, uncensored and then censored
     asked      conversation id -> sha256 of its prompts by turn
     """
@@ -32,6 +34,7 @@ class Measured:
     category: tuple[str, ...]
     log_tps: Floats
     log_step: Floats
+    log_ttft: Floats
     lengths: Ints
     asked: Mapping[str, tuple[tuple[int, str], ...]]
 
@@ -60,9 +63,23 @@ def measured(run: Run) -> Measured:
         tuple(columns.categories[columns.category[i]] for i in good),
         log_tps[good],
         log_step[good],
+        _log_ttft(columns)[good],
         np.concatenate([counts.whole, counts.cut], axis=1),
         _asked(run),
     )
+
+
+def _log_ttft(columns: Columns) -> Floats:
+    """(C,)"""
+    first, _ = columns.first_and_last()
+    request = columns.request[first]
+    submitted = columns.submitted_ns[request]
+    ttft_s = (columns.time_ns[first] - submitted) / 1e9
+    known = (submitted != UNKNOWN) & (ttft_s > 0)
+    logs = np.log(np.where(known, ttft_s, np.nan))
+    conversation, n = columns.conversation[request], len(columns.conversation_ids)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(conversation, logs, n) / np.bincount(conversation, minlength=n)
 
 
 def _asked(run: Run) -> dict[str, tuple[tuple[int, str], ...]]:
@@ -79,7 +96,7 @@ class Side:
     """One arm over the chosen conversations (P), in its repeats (R).
 
     category           (P,) index into the comparison's categories
-    log_tps, log_step  (R, P)
+    log_tps, log_step, log_ttft  (R, P)
     n_steps            (P,) decode steps that count for an AL, of all repeats
     al, log_al         (G + 1,) acceptance length, and logarithm, by category and over categories
     al_pseudo, pseudo  (P,) pseudo-values of these two
@@ -89,6 +106,7 @@ class Side:
     draft_length: int
     log_tps: Floats
     log_step: Floats
+    log_ttft: Floats
     n_steps: Floats
     al: Floats
     log_al: Floats
@@ -123,6 +141,7 @@ def side(
         draft_length,
         np.stack([run.log_tps[at] for run, at in zip(runs, places, strict=True)]),
         np.stack([run.log_step[at] for run, at in zip(runs, places, strict=True)]),
+        np.stack([run.log_ttft[at] for run, at in zip(runs, places, strict=True)]),
         np.asarray(lengths.sum(axis=1), float),
         np.append(als, overall),
         np.append(logs, log_overall),
