@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import selectors
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from speedbench import launch, store
+from speedbench.beside import Beside, give_way, say
 from speedbench.types import EngineInfo
 
 INTERVAL_S = 0.1
@@ -34,7 +33,6 @@ PART_S = 60.0
 """A part is written again every second until it holds a minute."""
 START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 5.0
-NICENESS = 10
 MODULE = "pynvml"
 
 
@@ -59,9 +57,11 @@ class Sampler:
         self._directory = directory
         self._session, self._replica, self._n_gpus = session, replica, n_gpus
         self._environ = dict(os.environ if environ is None else environ)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._beside = Beside()
         uses_none = info.simulated or info.settings.get("device") == "cpu"
         self.why_not = "the engine used no GPU" if uses_none else ""
+        if info.name == "OPENAI":
+            self.why_not = "the GPUs of the server are not known"
 
     def __enter__(self) -> Sampler:
         if not self.why_not and find_spec(MODULE) is None:
@@ -71,7 +71,7 @@ class Sampler:
                 self._start()
             except Exception as error:  # noqa: BLE001 - a measurement must not end for this
                 self.why_not = f"the sampler could not start ({type(error).__name__}: {error})"
-                self._end()
+                self._beside.end(END_TIMEOUT_S)
         return self
 
     def __exit__(
@@ -81,66 +81,26 @@ class Sampler:
         trace: TracebackType | None,
     ) -> None:
         with contextlib.suppress(Exception):
-            self._end()
+            self._beside.end(END_TIMEOUT_S)
 
     def _start(self) -> None:
-        # The child must find this very speedbench, wherever it was started from.
-        root = str(Path(__file__).resolve().parent.parent)
-        paths = [root, *filter(None, [self._environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
+        told = self._beside.start(
+            "speedbench.energy",
             [
-                *(sys.executable, "-m", "speedbench.energy", str(self._directory.resolve())),
-                *("--session", str(self._session), "--replica", str(self._replica)),
-                *("--n_gpus", str(self._n_gpus), "--parent", str(os.getpid())),
+                *(str(self._directory.resolve()), "--session", str(self._session)),
+                *("--replica", str(self._replica), "--n_gpus", str(self._n_gpus)),
                 *("--root", str(_root(self._environ))),
             ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**self._environ, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # a terminal's Ctrl-C is for the run, which ends this one
+            self._environ,
+            START_TIMEOUT_S,
         )
-        told = json.loads(_first_line(self._process, START_TIMEOUT_S) or "{}")
-        self.why_not = told.get("why_not", "the sampler ended before it began")
-        if self.why_not:
-            self._end()
-
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()  # the end of its input tells it to end
-        try:
-            process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        self.why_not = told["why_not"]
 
 
 def _root(environ: Mapping[str, str]) -> int:
     """The process whose descendants are the run's: this one, or the launcher that started it
     (which also starts the engine's other ranks)."""
     return os.getppid() if launch.of_environment(environ).launcher else os.getpid()
-
-
-def _first_line(process: subprocess.Popen[bytes], timeout_s: float) -> str:
-    """What the process says first; '' if it ends or takes too long."""
-    if process.stdout is None:
-        return ""
-    end_s, line = time.monotonic() + timeout_s, b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while not line.endswith(b"\n"):
-            if not selector.select(max(0.0, end_s - time.monotonic())):
-                return ""
-            some = os.read(process.stdout.fileno(), 4096)
-            if not some:
-                return ""
-            line += some
-    return line.decode()
 
 
 # ---------------------------------------------------------------- the process
@@ -167,34 +127,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("session", "replica", "n_gpus", "parent", "root"):
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args(argv)
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
+    give_way()
     try:
         nvml = import_module(MODULE)
         nvml.nvmlInit()
         gpus = visible_gpus(nvml, os.environ, given.n_gpus)
     except NoGpuError as reason:
-        return _say(str(reason))
+        return say({"why_not": str(reason)})
     except Exception as error:  # noqa: BLE001 - the library fails in its own ways without a driver
-        return _say(f"NVML cannot be used ({type(error).__name__}: {error})")
+        return say({"why_not": f"NVML cannot be used ({type(error).__name__}: {error})"})
     recorder = Recorder(given.directory, given.session, given.replica)
     ours = Processes(nvml, given.root)
     recorder.take(read_all(nvml, gpus, ours))
     recorder.write()
-    _say("")
+    say({"why_not": ""})
     sample(
         lambda: recorder.take(read_all(nvml, gpus, ours)),
         recorder.write,
         lambda: os.getppid() != given.parent,
     )
     return 0
-
-
-def _say(why_not: str) -> int:
-    with contextlib.suppress(OSError):
-        sys.stdout.write(json.dumps({"why_not": why_not}) + "\n")
-        sys.stdout.flush()
-    return 1 if why_not else 0
 
 
 def sample(
