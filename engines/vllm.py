@@ -198,6 +198,7 @@ class VllmEngine:
         try:
             import vllm
             from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise UserError(
@@ -224,7 +225,10 @@ class VllmEngine:
             with _bounded_memory_on_cpu(arguments):
                 if arguments.get("node_rank", 0):
                     _serve_node(AsyncEngineArgs(**arguments))
-                self._config = AsyncEngineArgs(**arguments).create_engine_config()
+                # The defaults of its offline class: prefill in pieces as large as `LLM` takes.
+                self._config = AsyncEngineArgs(**arguments).create_engine_config(
+                    UsageContext.LLM_CLASS
+                )
                 with overheard:
                     self._llm: Any = self._run(self._start(AsyncLLM))
         except Exception as error:
@@ -261,6 +265,9 @@ class VllmEngine:
                     f"({type(error).__name__}: {error})"
                 )
                 raise
+            # vLLM's own handler is needed to let go of requests that ended. What it makes of all
+            # other outputs nobody reads, and making it took 40 % of this thread's time (0.32).
+            outputs.outputs = [o for o in outputs.outputs if o.finish_reason is not None]
             return outputs
 
         core.get_output_async = hook
@@ -369,7 +376,7 @@ class VllmEngine:
             self._run(
                 self._llm.add_request(
                     request.request_id,
-                    {"prompt_token_ids": list(request.token_ids)},
+                    self._rendered(request.token_ids),
                     self._sampling_params(request.sampling, request.max_tokens),
                 )
             )
@@ -387,6 +394,15 @@ class VllmEngine:
                     error=f"vLLM refused the request: {first_line(error)}",
                 )
             )
+
+    def _rendered(self, token_ids: Sequence[int]) -> Any:
+        """A prompt as vLLM's own `LLM` submits it. A bare one takes a turn through a pool of
+        threads first (0.32), which doubles the time from an answer to the next request."""
+        prompt = {"prompt_token_ids": list(token_ids)}
+        renderer: Any = getattr(self._llm, "renderer", None)
+        if not hasattr(renderer, "render_cmpl"):
+            return prompt
+        return renderer.render_cmpl([prompt], renderer.default_cmpl_tok_params)[0]
 
     def poll(self) -> Sequence[Step]:
         if not self._events and self._death is None:
@@ -802,9 +818,10 @@ def _bounded_memory_on_cpu(arguments: Mapping[str, Any]) -> Iterator[None]:
 
 def _serve_node(arguments: Any) -> NoReturn:
     """On a further node: vLLM's workers alone, until this process is ended."""
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-    config = arguments.create_engine_config(headless=True)
+    config = arguments.create_engine_config(UsageContext.LLM_CLASS, headless=True)
     MultiprocExecutor(config, monitor_workers=False).start_worker_monitor(inline=True)
     os._exit(0)
 

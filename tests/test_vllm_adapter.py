@@ -425,6 +425,37 @@ def test_what_arrived_before_the_end_is_not_lost() -> None:
     engine._asyncio.close()
 
 
+def test_vllm_itself_is_shown_only_outputs_that_end_a_request() -> None:
+    """It must let go of those; what it would make of all others nobody reads."""
+    outputs = [
+        output("a-0f0f0f0f", [5, 6]),
+        output("b-0f0f0f0f", [7], finish_reason="length"),
+        output("c-0f0f0f0f", []),
+        output("d-0f0f0f0f", [], finish_reason="abort"),
+    ]
+    message = SimpleNamespace(timestamp=1.0, outputs=list(outputs), scheduler_stats=None)
+    engine = connected(FakeCore(message))
+    assert [list(step.token_ids) for step in engine.poll()] == [[5, 6]]  # only "a" is in flight
+    assert message.outputs == [outputs[1], outputs[3]]
+    engine._llm.output_handler.cancel()
+    engine._asyncio.run_until_complete(asyncio.sleep(0))
+    engine._asyncio.close()
+
+
+def test_a_prompt_is_rendered_by_vllms_own_renderer_where_it_has_one() -> None:
+    def render_cmpl(prompts: Any, parameters: Any) -> list[Any]:
+        return [{"type": "token", "asked": (prompt, parameters)} for prompt in prompts]
+
+    engine = listening()
+    renderer = SimpleNamespace(render_cmpl=render_cmpl, default_cmpl_tok_params="default")
+    engine._llm = SimpleNamespace(renderer=renderer)
+    bare = {"prompt_token_ids": [3, 4]}
+    assert engine._rendered((3, 4)) == {"type": "token", "asked": (bare, "default")}
+    for without in (SimpleNamespace(), SimpleNamespace(renderer=SimpleNamespace())):
+        engine._llm = without
+        assert engine._rendered((3, 4)) == bare
+
+
 def test_what_arrived_before_a_submission_that_fails_is_not_lost() -> None:
     """vLLM may die inside `submit`, where messages that arrived before are waiting for a poll."""
     told = output("a-0f0f0f0f", [5, 6])
