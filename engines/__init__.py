@@ -13,6 +13,7 @@ ADAPTERS = {
     "TRTLLM": "engines.trtllm:TrtllmEngine",
     "AUTO_DEPLOY": "engines.trtllm:AutoDeployEngine",
     "HF": "engines.hf:HfEngine",
+    "OPENAI": "engines.openai:OpenaiEngine",
     "NULL": "engines.null:NullEngine",
 }
 

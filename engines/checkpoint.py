@@ -13,7 +13,7 @@ def checkpoint_config(folder: str) -> dict[str, Any] | None:
     """config.json of a local checkpoint; None where there is none to be read."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
 

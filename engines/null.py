@@ -98,6 +98,15 @@ class NullEngine:
             request, self._now_ns + self._prefill_ns, random.Random(seed.digest())
         )
 
+    def poll_for(self, timeout_s: float) -> Sequence[Step]:
+        until_ns = self._now_ns + max(round(timeout_s * 1e9), 1)
+        if any(live.due_ns <= until_ns for live in self._live.values()):
+            return self.poll()
+        self._now_ns = until_ns
+        if self._real_time:
+            time.sleep(max(0, until_ns - time.monotonic_ns()) / 1e9)
+        return []
+
     def poll(self) -> Sequence[Step]:
         self._now_ns = min(live.due_ns for live in self._live.values())
         if self._real_time:

@@ -398,7 +398,7 @@ def model_config(folder: str) -> Mapping[str, Any]:
     """A local checkpoint's config.json, that of its language model where it has several."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(config, dict):
         return {}

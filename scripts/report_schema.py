@@ -18,6 +18,7 @@ from speedbench.report import as_json
 from speedbench.report.arms import Arm
 from speedbench.report.compare import Comparison
 from speedbench.report.curves import Curves
+from speedbench.report.load import Load
 from speedbench.report.pareto import Pareto
 from speedbench.report.sample import Sample
 from speedbench.report.summary import Figure
@@ -178,6 +179,7 @@ RUN = of(
                 "output_tokens": named("distribution", "by request"),
             }
         ),
+        "load": named("Load", "of an open loop, and of stated limits"),
         "curves": named("Curves", "what figures draw"),
         "manifest": _about({"type": "object"}, "manifest.json of the run, whole"),
     },
@@ -269,6 +271,7 @@ def schema() -> Schema:
         "pooled": POOLED,
     }
     of_type(Curves, found)
+    of_type(Load, found)
     report = of(
         {
             "schema": {"const": as_json.SCHEMA},

@@ -13,6 +13,10 @@ __version__ = "0.1.0"
 __all__ = ("LoadedRun", "__version__", "compare", "load")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """The public API, imported when it is asked for: `import speedbench` stays light."""
     if name in ("LoadedRun", "compare", "load"):

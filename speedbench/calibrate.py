@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from speedbench import checks, session, store
-from speedbench.calibration import checkpoints, closed_form, verdict
+from speedbench.calibration import checkpoints, closed_form, served, verdict
 from speedbench.calibration.closed_form import KNOWN_ANSWER_FILE, Case
 from speedbench.calibration.sglang_trie import sglang_ngram_steps
-from speedbench.config import RunConfig, from_dict
+from speedbench.config import SERVER, RunConfig, from_dict
 from speedbench.types import Algorithm, Engine, EngineSettings, UserError
 
 SAMPLED_LEVEL = 0.999
+
+SERVERS = {"vLLM": "VLLM", "SGLang": "SGLANG"}
+"""What a server calls itself -> the engine in it."""
 
 
 # ---------------------------------------------------------------- one stored run
@@ -69,8 +72,9 @@ def _step_bounds(run: store.Run) -> list[tuple[int, int]]:
 def case_of(run: store.Run, stop_ids: Sequence[int]) -> Case:
     """What the run asked for, in the closed form's words; K and n-gram sizes as the engine's."""
     config, engine = run.manifest["config"], run.manifest["engine"]
+    server = SERVERS.get(engine["settings"].get("server"), engine["name"])
     return Case(
-        engine=engine["name"],
+        engine=server if engine["name"] == SERVER else engine["name"],
         algorithm=config["speculative_algorithm"],
         draft_length=engine["draft_length"],
         max_tokens=config["output_length"],
@@ -108,7 +112,11 @@ def _judge_steps(
             return _judge_trie(run, found, known, case, asked)
         if not case.is_known:
             return verdict.judge_consistent(found, known, case, asked)
+        found, n_merged = _unmerged(run, found, known, case)
         outcome = verdict.judge_greedy(found, known, case, asked)
+        if outcome.ok and n_merged:
+            told = f" Of {n_merged} requests some chunks hold several steps; what the server tells "
+            return replace(outcome, sentence=f"{outcome.sentence}{told}of them leaves no others.")
         if outcome.ok and config["capture_experts"]:
             return _judge_experts(run, found, known, outcome)
         return outcome
@@ -134,6 +142,28 @@ def _judge_steps(
         asked,
         drafts_are_sampled=is_sampled,
     )
+
+
+def _unmerged(
+    run: store.Run,
+    found: Sequence[verdict.ObservedRequest],
+    known: closed_form.KnownAnswer,
+    case: Case,
+) -> tuple[list[verdict.ObservedRequest], int]:
+    """A server's requests with merged chunks taken apart where what it told of them is the known
+    answer, and how many those are."""
+    names = run.turns.take(run.used)["request_id"].to_pylist()
+    told = {row["request_id"]: row for row in store.load_served(run).to_pylist()}
+    result, n_merged = [], 0
+    for name, request in zip(names, found, strict=True):
+        row = told.get(name)
+        if row is not None and row["histogram"] and set(request.engine_steps) - {1}:
+            steps = case.steps(known, request.prompt_ids)
+            apart = served.unmerged(request, steps, row["histogram"], row["accepted"] or ())
+            n_merged += apart is not request
+            request = apart
+        result.append(request)
+    return result, n_merged
 
 
 def _one_after_another(run: store.Run) -> bool:
@@ -360,7 +390,11 @@ def calibrate(
                 run_dir = Path(config.save_dir or "")
                 outcome = session.measure(config, prepared, engine, session.Target(run_dir))
                 if outcome.end.reason != "finished":
-                    what = {"engine died": "the engine died", "crashed": "the run crashed"}
+                    what = {
+                        "engine died": "the engine died",
+                        "stalled": "the engine fell silent",
+                        "crashed": "the run crashed",
+                    }
                     how = what.get(outcome.end.reason, "the run was stopped")
                     raise UserError(f"{how} in {run_dir}: {outcome.end.message}")
                 run = store.load(run_dir)

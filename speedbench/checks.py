@@ -10,7 +10,8 @@ import numpy as np
 
 from speedbench import metrics
 from speedbench.columns import Columns, Ints
-from speedbench.store import FAILED, Run, expected_conversations, load_experts
+from speedbench.open_loop import arrivals_of
+from speedbench.store import FAILED, Run, expected_conversations, load_experts, n_output_tokens
 
 LOOKUP = ("NGRAM", "SUFFIX")
 """Algorithms that draft what was found, fewer than K tokens or none."""
@@ -24,18 +25,27 @@ class Check:
     sentence: str
 
 
-def all_checks(run: Run) -> Iterator[Check]:
+def all_checks(run: Run) -> tuple[Check, ...]:
     """The plausibility identities of DESIGN.md section 5, told only where they fail.
 
     AL <= K+1 and a monotone survival hold by construction: no step longer than K+1 is counted.
     """
+    if "checks" not in run.computed:
+        run.computed["checks"] = tuple(_all_checks(run))
+    found: tuple[Check, ...] = run.computed["checks"]
+    return found
+
+
+def _all_checks(run: Run) -> Iterator[Check]:
     yield from _provenance(run)
     yield from _completeness(run)
     yield from _steps(run)
+    yield from _server(run)
     yield from _counters(run)
     yield from _rates(run)
     yield from _experts(run)
     yield from _closed_form(run)
+    yield from _load(run)
 
 
 def _error(sentence: str) -> Check:
@@ -117,7 +127,11 @@ def _completeness(run: Run) -> Iterator[Check]:
         )
     missing = sum(expected_conversations(run).values()) - len(columns.conversation_ids)
     if missing - len(refused) > 0:
-        yield _warning(f"{missing - len(refused)} conversation(s) have not been measured yet")
+        lacking = ", ".join(manifest.get("missing_shards", ()))
+        yield _warning(
+            f"{missing - len(refused)} conversation(s) have not been measured yet"
+            + (f": the merged runs lack --shard {lacking}" if lacking else "")
+        )
 
 
 def _messages(sessions: Sequence[Mapping[str, Any]]) -> str:
@@ -133,6 +147,13 @@ def _messages(sessions: Sequence[Mapping[str, Any]]) -> str:
 
 def counted(run: Run) -> metrics.Acceptance:
     """The run's steps by length; the engine's habits at the end of a request taken into account."""
+    if "counted" not in run.computed:
+        run.computed["counted"] = _counted(run)
+    found: metrics.Acceptance = run.computed["counted"]
+    return found
+
+
+def _counted(run: Run) -> metrics.Acceptance:
     engine, config = run.manifest["engine"], run.manifest["config"]
     k = int(engine["draft_length"])
     cut_short = None
@@ -158,7 +179,18 @@ def _steps(run: Run) -> Iterator[Check]:
             f"{merged} of {len(columns.step)} events ({merged / len(columns.step):.1%}) merge "
             "engine steps, or may: they are in no histogram, and step times lack them"
         )
-    first = columns.n_tokens[columns.step == 0]
+    if columns.told is not None and columns.told.lengths.shape[1] > k + 2:
+        yield _error(
+            f"the server tells of verifications that accepted {columns.told.lengths.shape[1] - 2} "
+            f"draft tokens, but K is {k}: those are in no histogram; give its --draft_length"
+        )
+    begins = columns.n_tokens[(columns.step == 0) & (columns.engine_steps != 1)]
+    if (begins > 1).any():
+        yield _warning(
+            f"{int((begins > 1).sum())} request(s) begin with a chunk of several tokens, which may "
+            "hold decode steps: their TTFT is that of the chunk"
+        )
+    first = columns.n_tokens[(columns.step == 0) & (columns.engine_steps == 1)]
     if (first > 1).any():
         yield _error(
             f"{int((first > 1).sum())} request(s) begin with several tokens: their prefill was "
@@ -197,9 +229,7 @@ def _told(columns: Columns) -> Iterator[Check]:
 def _outputs(run: Run) -> Iterator[Check]:
     """Tokens of a request = sum of its steps; none longer than asked for."""
     columns = run.columns
-    lengths = np.array(
-        [len(ids or ()) for ids in run.turns["output_token_ids"].to_pylist()], np.int64
-    )[run.used]
+    lengths = n_output_tokens(run)
     summed = np.bincount(columns.request, columns.n_tokens, columns.n_requests)
     if (lengths != summed).any():
         yield _error(
@@ -236,23 +266,61 @@ def _context_limit(run: Run, lengths: Ints) -> Iterator[Check]:
 def _clock(run: Run) -> Iterator[Check]:
     columns = run.columns
     first, last = columns.first_and_last()
-    back = (np.diff(columns.time_ns) < 0) & (np.diff(columns.request) == 0)
+    inside = np.diff(columns.request) == 0
+    back = (np.diff(columns.time_ns) < 0) & inside
     early = columns.time_ns[first] < columns.submitted_ns[columns.request[first]]
     if back.any() or early.any():
         yield _error(
-            f"the clock runs backwards in {int(back.sum() + early.sum())} place(s): times and "
-            "throughput are not to be trusted"
+            f"the clock runs backwards in {int(back.sum() + early.sum())} place(s): "
+            f"{int((~metrics.timed(columns)).sum())} request(s) are in no time below, and no "
+            "throughput is given"
+        )
+    exact = columns.engine_steps[1:] == 1
+    if (same := int(((np.diff(columns.time_ns) == 0) & inside & exact).sum())) > 0:
+        yield _error(
+            f"{same} step(s) came at the same instant as the one before: told twice, or stamped "
+            "together; neither lengths nor times are to be trusted"
+        )
+    if outside := _outside_of_session(run):
+        yield _error(
+            f"{outside} step(s) are stamped outside of their session: the engine's clock is "
+            "another one, and no time is to be trusted"
         )
     k = int(run.manifest["engine"]["draft_length"])
     n_steps = last - first
     one = n_steps == 0
     if not one.all() and (columns.engine_steps == 1).all():
-        decode_s = (columns.time_ns[last] - columns.time_ns[first]) / 1e9
         tokens = np.add.reduceat(columns.n_tokens, first) - columns.n_tokens[first]
         if (tokens > n_steps * (k + 1)).any():
             yield _error(f"a request made more than K+1 = {k + 1} tokens per step")
-        if ((decode_s <= 0) & ~one).any():
-            yield _error("a request has several steps at one instant: no rate is to be trusted")
+
+
+def _outside_of_session(run: Run) -> int:
+    """How many steps are stamped before their session began or after it ended; of requests whose
+    clock runs backwards, that is told."""
+    spans = {
+        (s["session"], s.get("replica", 0)): (s["started_ns"], s["ended_ns"])
+        for s in run.manifest["sessions"]
+        if s.get("started_ns") is not None and s.get("ended_ns") is not None
+    }
+    if run.manifest.get("merged"):  # of several clocks
+        return 0
+    columns, n = run.columns, 0
+    timed = metrics.timed(columns)
+    for (session, replica), (started_ns, ended_ns) in spans.items():
+        mine = (columns.session == session) & (columns.replica == replica) & timed
+        time_ns = columns.time_ns[mine[columns.request]]
+        n += int(((time_ns < started_ns) | (time_ns > ended_ns)).sum())
+    return n
+
+
+def _server(run: Run) -> Iterator[Check]:
+    for session in run.manifest["sessions"]:
+        if session.get("served_others"):
+            yield _warning(
+                f"{session['why_no_counters']}; times and throughput below are of a shared server, "
+                "and its counters are not used"
+            )
 
 
 def _counters(run: Run) -> Iterator[Check]:
@@ -263,7 +331,13 @@ def _counters(run: Run) -> Iterator[Check]:
     if k == 0 or not counters:
         return
     if None in counters:
-        yield _note("the engine's own counters are not stored: nothing to reconcile the steps with")
+        told = [s for s in sessions if s.get("why_no_counters")]
+        if not told:
+            yield _note(
+                "the engine's own counters are not stored: nothing to reconcile the steps with"
+            )
+        elif not any(s.get("served_others") for s in told):
+            yield _note(f"the server's counters are no use here: {told[0]['why_no_counters']}")
         return
     lost = any(s.get("n_uncommitted") or s.get("n_stray_steps") for s in sessions) or run.damage
     if lost or columns.failed.any() or run.n_retried:
@@ -416,3 +490,15 @@ def _closed_form(run: Run) -> Iterator[Check]:
         yield _note(f"known-answer checkpoint: {known['sentence']}")
     else:
         yield _error(f"known-answer checkpoint: {known['sentence']}")
+
+
+def _load(run: Run) -> Iterator[Check]:
+    """Of an open loop: whether the engine kept up with what came."""
+    if run.manifest["config"].get("request_rate") is None or not len(run.columns.step):
+        return
+    found = arrivals_of(run.columns, run.manifest["config"])
+    if found.is_behind:
+        yield _warning(
+            "over-saturated: conversations came faster than they ended, so that latencies grew "
+            "while it was measured and say nothing of the engine at a load that it can bear"
+        )

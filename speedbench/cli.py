@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from speedbench.cli_base import OK, USAGE
+from speedbench.environment import redact_text
 from speedbench.types import UserError
 
 COMMANDS: Mapping[str, str] = {
@@ -32,12 +33,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "speedbench") -> int:
         return _dispatch(argv, prog)
     except UserError as error:
         if not is_silent_replica():
-            print(f"{prog}: {error}", file=sys.stderr)
+            print(f"{prog}: {redact_text(str(error))}", file=sys.stderr)
         return USAGE
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # `... | head`
             return OK
-        print(f"{prog}: {error}: check the path and its permissions", file=sys.stderr)
+        told = UserError(f"{redact_text(str(error))}: check the path and its permissions")
+        print(f"{prog}: {told}", file=sys.stderr)
         return USAGE
 
 

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from speedbench.types import UserError
+from speedbench.words import like
 
 OK, FAILED, USAGE, INTERRUPTED, PREEMPTED, TERMINATED = 0, 1, 2, 130, 138, 143
 """Exit codes: measured; the engine died or nothing could be measured; the user can mend it;
@@ -22,6 +23,12 @@ class Parser(argparse.ArgumentParser):
     """Errors are one sentence, and both --two_words and --two-words are understood."""
 
     def error(self, message: str) -> NoReturn:
+        _, is_unknown, words = message.partition("unrecognized arguments: ")
+        flag = next((word for word in words.split() if word.startswith("--")), "")
+        if is_unknown and flag:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            flag = flag.partition("=")[0]
+            raise UserError(f"there is no {flag}{like(flag, known, 'see --help')}")
         raise UserError(f"{message}: see --help")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -114,3 +121,13 @@ def numbers(flag: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise UserError(f"{flag} is '{text}': expected whole numbers from 1, comma-separated")
     return numbers
+
+
+def warn_of_foreign_code(is_run: bool) -> None:
+    """Said before anything is loaded: what follows runs what others wrote."""
+    if is_run:
+        print(
+            "warning: --trust_remote_code runs code that ships with the checkpoint, with your "
+            "rights on this machine",
+            file=sys.stderr,
+        )

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from speedbench.cli_base import OK, Parser
+from speedbench.cli_base import OK, Parser, warn_of_foreign_code
 from speedbench.types import UserError
 
 if TYPE_CHECKING:  # imported where needed, so that --help answers at once
@@ -340,6 +340,7 @@ def bucket_command(argv: Sequence[str], prog: str) -> int:
     targets = bucket.read_lengths(given.isl)
     extra = () if given.entropy is None else (given.entropy,)
     rows = read_rows(given.source, extra, given.ignore_columns)
+    warn_of_foreign_code(given.trust_remote_code)
     ruler = bucket.Ruler(
         given.tokenizer, _counted(given), _template_args(given), given.trust_remote_code
     )
@@ -525,6 +526,7 @@ def tokens_command(argv: list[str], prog: str) -> int:
     config = configuration({"engine": "NULL", **given}).config
     if config.prompts is not None:
         raise UserError("--prompts is a token file already: leave it out")
+    warn_of_foreign_code(config.trust_remote_code)
     prepared = session.prepare(config)
     source = config.tokenizer or config.model_dir
     about = {

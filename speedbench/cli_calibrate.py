@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -13,6 +15,7 @@ from speedbench.configure import known_engine, merged_with_file
 from speedbench.types import UserError
 
 if TYPE_CHECKING:
+    from speedbench.calibrate import Cell
     from speedbench.types import Algorithm
 
 
@@ -27,7 +30,12 @@ def calibrate_command(argv: list[str], prog: str) -> int:
         prog=prog,
         description="Run checkpoints whose every step is known through a real engine, and compare.",
     )
-    parser.add_argument("--engine", default="VLLM", help="engine to prove (default: VLLM)")
+    import engines
+
+    names = ", ".join(name for name in engines.ADAPTERS if name != "NULL")
+    parser.add_argument(
+        "--engine", default="VLLM", metavar="X", help=f"engine to prove: {names} (default: VLLM)"
+    )
     parser.add_argument(
         "--algorithm", default="all", help="EAGLE3, MTP, ..., comma-separated, or all (default)"
     )
@@ -43,6 +51,11 @@ def calibrate_command(argv: list[str], prog: str) -> int:
     given = parser.parse(argv)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = known_engine(given.engine)
+    if name == "NULL" and not given.build_only:
+        raise UserError(
+            "--engine NULL makes up its steps, so there is nothing to prove: name the engine that "
+            f"is to be held against known answers ({names})"
+        )
     directory = Path(given.save_dir or f"runs/{stamp}-calibrate-{name.lower()}")
     if given.build_only:
         from speedbench.calibration import checkpoints
@@ -90,9 +103,11 @@ def _print_verdicts(engine: str, given: argparse.Namespace, directory: Path) -> 
         **merged_with_file(given.runtime_params),
     }
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{'case':<42}{'requests':>9}{'steps':>8}  verdict[/bold]")
-    cells = []
-    for cell in calibrate.calibrate(base, cases, directory, adapter, adapter.calibration_args):
+    cells: list[Cell] = []
+    found_of_cases = calibrate.calibrate(base, cases, directory, adapter, adapter.calibration_args)
+    for cell in _unless_all_refused(found_of_cases, directory):
+        if not cells:
+            console.print(f"[bold]{'case':<42}{'requests':>9}{'steps':>8}  verdict[/bold]")
         cells.append(cell)
         found = cell.verdict
         if found is None:
@@ -115,6 +130,29 @@ def _print_verdicts(engine: str, given: argparse.Namespace, directory: Path) -> 
     refused = [c for c in cells if c.verdict is None and not c.case.subject.capture_experts]
     refused_by_name = given.algorithm != "all" and bool(refused)
     return OK if judged and n_right == len(judged) and not refused_by_name else FAILED
+
+
+def _unless_all_refused(cells: Iterable[Cell], directory: Path) -> Iterator[Cell]:
+    """The cells as they come; those that are refused before any is judged are held back while all
+    say the same. Raises UserError if there are no others: the engine does not start at all."""
+    held: list[Cell] = []
+    holding = True
+    for cell in cells:
+        holding = holding and cell.verdict is None and _same_refusal([*held, cell])
+        if holding:
+            held.append(cell)
+            continue
+        yield from held
+        held = []
+        yield cell
+    if held:
+        shutil.rmtree(directory / "models")  # ours: the folder was not there before
+        directory.rmdir()
+        raise UserError(held[0].refusal)
+
+
+def _same_refusal(cells: Sequence[Cell]) -> bool:
+    return len({cell.refusal for cell in cells}) == 1
 
 
 def _algorithms(text: str) -> list[Algorithm]:

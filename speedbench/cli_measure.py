@@ -5,17 +5,20 @@ It prints, to stderr.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from speedbench.cli_base import Signals
+from speedbench import processes
+from speedbench.cli_base import FAILED, Signals
+from speedbench.guardian import Guard
 from speedbench.types import UserError
 
 if TYPE_CHECKING:  # imported where needed, so that --help answers at once
@@ -26,12 +29,25 @@ if TYPE_CHECKING:  # imported where needed, so that --help answers at once
     from speedbench.types import Engine
 
 
+CLOSE_S = 60.0
+"""How long an engine may take to end."""
+
+
 class Start(NamedTuple):
-    """How this process was started, and beside which others."""
+    """How this process was started, and beside which others.
+
+    url  where what is written ends up, if that is no folder of this machine
+    """
 
     launch: Launch
     replicas: Replicas
     place: Place
+    guard: Guard
+    url: str = ""
+
+    def shown(self, directory: Path) -> str:
+        """What the user calls the folder that is written."""
+        return self.url or str(directory)
 
 
 class Destination(NamedTuple):
@@ -40,6 +56,13 @@ class Destination(NamedTuple):
 
     save_dir: str | None
     resume: bool
+
+    @property
+    def url(self) -> str:
+        """'' where it is a folder of this machine."""
+        from speedbench import remote
+
+        return self.save_dir if self.save_dir and remote.is_url(self.save_dir) else ""
 
     def local(self) -> str | None:
         """Where it is written on this machine."""
@@ -94,6 +117,7 @@ def settle(launched: Launch) -> Place:
     from speedbench.session import Place
 
     launch.prepare_environment(launched, os.environ)
+    _speak_when_killed()
     cpus = launch.unbind(launched)
     if cpus.n != cpus.n_given and launched.rank == 0:
         share = f", its share among {launched.local_size} ranks" if launched.local_size > 1 else ""
@@ -103,6 +127,14 @@ def settle(launched: Launch) -> Place:
             file=sys.stderr,
         )
     return Place(launched.launcher, cpus.n_given, cpus.n)
+
+
+def _speak_when_killed() -> None:
+    """Let this process and those it starts print where they are when a fault, or we, end them."""
+    os.environ.setdefault("PYTHONFAULTHANDLER", "1")
+    with suppress(AttributeError, OSError, ValueError):  # stderr may be no file
+        if not faulthandler.is_enabled():
+            faulthandler.enable(sys.__stderr__)  # type: ignore[arg-type]
 
 
 def refuse_replicas(config: RunConfig, replicas: Replicas) -> None:
@@ -179,7 +211,8 @@ def measure(
     from speedbench import environment, session
 
     progress = session.Progress()
-    with showing(progress, config.show_progress), signals.graceful():
+    wanted = start.replicas.is_first and config.show_progress is not False
+    with showing(progress, target.directory, wanted), signals.graceful():
         return session.measure(
             config,
             prepared,
@@ -191,7 +224,38 @@ def measure(
             replicas=start.replicas,
             place=start.place,
             fault=fault,
+            guard=start.guard,
+            abandon=lambda outcome: _abandon(outcome, target.directory, signals),
         )
+
+
+def _abandon(outcome: Outcome, directory: Path, signals: Signals) -> NoReturn:
+    """The end of a process whose engine hangs in it: everything is stored."""
+    print(
+        f"\nspeedbench: {outcome.end.message}; the engine cannot be left, so this process ends. "
+        f"What was measured is stored: speedbench report {directory}, and --resume",
+        file=sys.stderr,
+    )
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(FAILED if signals.received is None else 128 + signals.received)
+
+
+def close_engine(engine: Engine) -> None:
+    """End the engine; one that does not end in time is killed."""
+
+    def kill() -> None:
+        found = processes.of_engine()
+        processes.kill([(process, processes.started(process)) for process in found])
+
+    timer = threading.Timer(CLOSE_S, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        engine.close()
+    finally:
+        timer.cancel()
 
 
 def start_engine(config: RunConfig, launched: Launch) -> Engine:
@@ -210,7 +274,7 @@ def start_engine(config: RunConfig, launched: Launch) -> Engine:
 
 def has_failed(outcome: Outcome) -> bool:
     """Whether a run ended by a fault, or measured nothing but failures."""
-    return outcome.end.reason in ("engine died", "crashed") or (
+    return outcome.end.reason in ("engine died", "stalled", "crashed") or (
         outcome.n_failed > 0 and outcome.n_failed == outcome.n_committed
     )
 
@@ -240,42 +304,56 @@ def try_known_answer(config: RunConfig, prepared: Prepared, directory: Path) -> 
 
 
 def say(text: str, config: RunConfig) -> None:
-    if config.show_progress:
+    """What goes on before the first token, where someone may be waiting for it."""
+    if config.show_progress or (config.show_progress is None and sys.stderr.isatty()):
         print(f"speedbench: {text}", file=sys.stderr, flush=True)
 
 
+TERMINAL_S, LOG_S = 1.0, 30.0
+"""How often progress is told: on a terminal the line renews itself, in a log there is a new one."""
+
+
 @contextmanager
-def showing(progress: Progress, wanted: bool) -> Iterator[None]:
-    """Progress on stderr: a line that renews itself on a terminal, one every 10 s in a log."""
+def showing(progress: Progress, directory: Path, wanted: bool) -> Iterator[None]:
+    """Progress on stderr, from a thread of its own."""
     if not wanted:
         yield
         return
     done = threading.Event()
-    terminal = sys.stderr.isatty()
-
-    def show() -> None:
-        started_s = time.monotonic()
-        while not done.wait(1.0 if terminal else 10.0):
-            if (loop := progress.loop) is None:
-                continue
-            elapsed_s = time.monotonic() - started_s
-            line = (
-                f"speedbench: {loop.n_done}/{progress.n_rows} conversations, {loop.n_tokens} "
-                f"tokens, {elapsed_s:.0f} s"
-            )
-            print(
-                f"\r{line}" if terminal else line,
-                end="" if terminal else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    thread = threading.Thread(target=show, name="speedbench-progress", daemon=True)
+    thread = threading.Thread(
+        target=_show, args=(progress, directory, done), name="speedbench-progress", daemon=True
+    )
     thread.start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
-        if terminal:
-            print(file=sys.stderr)
+        thread.join(5.0)  # it may wait for a disk that has gone
+
+
+def _show(progress: Progress, directory: Path, done: threading.Event) -> None:
+    """What cannot be shown (a terminal that went away, say) is no reason to end a run."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from speedbench.progress import Meter, StoredAcceptance, line
+
+    terminal = sys.stderr.isatty()
+    console, stored, meter = Console(stderr=True), StoredAcceptance(directory), None
+    with suppress(OSError, ValueError):
+        while not done.wait(TERMINAL_S if terminal else LOG_S):
+            if (loop := progress.loop) is None:
+                continue
+            meter = meter or Meter(progress.n_rows, progress.started_s)
+            stored.refresh()
+            moment = meter.at(time.monotonic(), loop.n_done, loop.n_tokens, len(progress.failed))
+            text = f"speedbench: {line(moment, stored)}"
+            if terminal:  # no live display: it hides the cursor, and we may end at once
+                console.file.write("\r\x1b[2K")
+                console.print(Text(text), end="", no_wrap=True, overflow="ellipsis", crop=True)
+            else:
+                console.file.write(text + "\n")
+            console.file.flush()
+        if terminal and meter is not None:
+            console.file.write("\n")
+            console.file.flush()

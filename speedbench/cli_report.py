@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from speedbench import cli_aiperf
 from speedbench.cli_base import OK, Parser
+from speedbench.limits import LIMITED, parse_limits
 from speedbench.types import UserError
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from speedbench.report.blocks import Block
     from speedbench.report.rows import Row
     from speedbench.report.written import Form
+    from speedbench.store import Run
 
 FORMATS = ("console", "markdown", "json", "csv", "parquet", "html", "specdec_bench")
 MATRIX_METRICS = ("accept_length", "accept_rate", "throughput")
@@ -26,6 +30,7 @@ ABOUT = """\
 Report stored runs: one, several, or folders of runs (what --baseline, --repeat and sweep write).
 Runs that measured the same are repeats of one arm; a baseline is what the others are held against.
 """
+PAGE = "report.html"
 MATRIX_CSV = "speed_bench_report.csv"
 """What AIPerf's command writes to if it is not told otherwise."""
 
@@ -35,7 +40,11 @@ WITH_INSIGHTS = ("console", "markdown", "json", "html")
 def report_command(argv: list[str], prog: str) -> int:
     given = _parser(prog).parse(argv)
     _refuse_mixture(given)
+    if cli_aiperf.reported(given):
+        return OK
     arms = _arms(given.runs, given.merge)
+    if given.goodput is not None:
+        arms = _limited(arms, given.goodput)
     if given.matrix:
         _matrix(arms, given)
     elif given.export:
@@ -45,13 +54,30 @@ def report_command(argv: list[str], prog: str) -> int:
     return OK
 
 
-def print_report(
-    directories: Sequence[Path], form: str, merges: Sequence[Sequence[Path]] = ()
-) -> None:
-    """Runs, or folders of runs, in a form that a terminal or a pipe takes."""
-    from speedbench.report.arms import load_arms
+def print_summary(directory: Path, place: str) -> None:
+    """Of a run, or a folder of runs, that has just ended: what it comes to, and where all of it is,
+    a page included. How the run ended decides its exit code, and no fault of this.
 
-    _print(load_arms(directories, merges), form, None)
+    place  what the user calls the directory
+    """
+    from rich.console import Console
+
+    from speedbench.report import console, html, written
+    from speedbench.report.arms import load_arms
+    from speedbench.report.brief import brief
+
+    try:
+        blocks = list(_blocks(load_arms([directory]), None))
+        console.draw(brief(blocks), Console())
+        page = html.render(blocks, "speedbench").encode("utf-8")
+        written.save(page, str(directory / PAGE), "html")
+    except Exception as error:  # noqa: BLE001 - what was measured is stored
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        print(f"speedbench: no whole report: {what}", file=sys.stderr)
+        return
+    print(
+        f"\nAll of it: {place.rstrip('/')}/{PAGE}, or: speedbench report {place}", file=sys.stderr
+    )
 
 
 def _parser(prog: str) -> Parser:
@@ -86,6 +112,13 @@ def _parser(prog: str) -> Parser:
         choices=MATRIX_METRICS,
         help="acceptance length (default), accepted / drafted tokens, or output tokens/s",
     )
+
+    group = parser.add_argument_group("load")
+    group.add_argument(
+        "--goodput", metavar="LIMITS",
+        help="count the requests that keep these limits, such as ttft=200ms,step_time=30ms, "
+        f"instead of those that a run was given ({', '.join(LIMITED)})",
+    )  # fmt: skip
 
     group = parser.add_argument_group("experiment trackers")
     add = group.add_argument
@@ -124,6 +157,11 @@ _price.__name__ = "price above 0"
 
 def _refuse_mixture(given: argparse.Namespace) -> None:
     """Raise UserError for flags that do not go together."""
+    if given.goodput is not None:
+        try:
+            parse_limits(given.goodput)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if not given.runs and not given.merge:
         raise UserError("no run was named: name a run directory, or a folder of runs")
     whole = [f"--{name}" for name in ("matrix", "export", "format") if getattr(given, name)]
@@ -160,6 +198,16 @@ def _arms(runs: Sequence[str], merges: Sequence[Sequence[str]]) -> tuple[Arm, ..
     from speedbench.report.arms import load_arms
 
     return load_arms([_place(run) for run in runs], [[_place(r) for r in some] for some in merges])
+
+
+def _limited(arms: Sequence[Arm], limits: str) -> tuple[Arm, ...]:
+    """The same arms, as if their runs had been given these limits."""
+
+    def limited(run: Run) -> Run:
+        config = {**run.manifest["config"], "goodput": limits}
+        return replace(run, manifest={**run.manifest, "config": config})
+
+    return tuple(replace(arm, runs=tuple(map(limited, arm.runs))) for arm in arms)
 
 
 def _place(named: str) -> Path:
@@ -199,9 +247,10 @@ def _options(arms: Sequence[Arm], given: argparse.Namespace) -> InsightOptions |
 
     if not (given.think_end or given.gpu_hour_price or given.draft_vocabulary):
         return None
-    source = given.tokenizer or str(arms[0].manifest["prompts"].get("tokenizer"))
+    words = Text(given.tokenizer or str(arms[0].manifest["prompts"].get("tokenizer")))
+    think_end = given.think_end and think_end_ids(given.think_end, words.encode, words.decode)
     return InsightOptions(
-        think_end=think_end_ids(given.think_end, Text(source).encode) if given.think_end else (),
+        think_end=think_end or (),
         gpu_hour_price=given.gpu_hour_price,
         draft_vocabulary=Path(given.draft_vocabulary) if given.draft_vocabulary else None,
     )
@@ -209,7 +258,7 @@ def _options(arms: Sequence[Arm], given: argparse.Namespace) -> InsightOptions |
 
 def _default_place(given: argparse.Namespace) -> str:
     if len(given.runs) == 1 and not given.merge:
-        return f"{given.runs[0].rstrip('/')}/report.html"
+        return f"{given.runs[0].rstrip('/')}/{PAGE}"
     raise UserError("a page of runs from several places needs a place of its own: add --out FILE")
 
 

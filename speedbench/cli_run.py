@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from speedbench.cli_base import FAILED, OK, USAGE, Parser, Signals, signals_handled
+from speedbench.cli_base import (
+    FAILED,
+    OK,
+    USAGE,
+    Parser,
+    Signals,
+    signals_handled,
+    warn_of_foreign_code,
+)
 from speedbench.cli_measure import (
     Destination,
     Start,
+    close_engine,
     has_failed,
     is_silent_replica,
     launch_of_process,
@@ -28,7 +37,8 @@ from speedbench.cli_measure import (
     try_known_answer,
     with_own_devices,
 )
-from speedbench.cli_report import print_report
+from speedbench.cli_report import print_summary
+from speedbench.guardian import guarded
 from speedbench.types import UserError
 
 if TYPE_CHECKING:  # imported where needed, so that --help answers at once
@@ -118,6 +128,8 @@ def _add_arms(group: Any) -> None:
 
 
 def _add_flag(group: Any, name: str, annotation: Any, text: str, default: Any) -> None:
+    import engines
+
     choices = None
     kinds = [a for a in get_args(annotation) if a is not type(None)]
     optional = get_origin(annotation) is Union or type(None) in get_args(annotation)
@@ -132,6 +144,8 @@ def _add_flag(group: Any, name: str, annotation: Any, text: str, default: Any) -
         return
     if isinstance(default, (int, float, str)) and default != "":
         text += f" (default: {default})"
+    if name == "engine":
+        text += f": {', '.join(engines.ADAPTERS)}"
     if get_origin(kind) is tuple:
         group.add_argument(f"--{name}", action="append", metavar="NAME", help=text)
         return
@@ -140,9 +154,16 @@ def _add_flag(group: Any, name: str, annotation: Any, text: str, default: Any) -
     group.add_argument(
         f"--{name}",
         choices=choices,
+        type=_any_case(choices) if choices else None,
         metavar=None if choices else "N" if is_number else "X",
         help=text,
     )
+
+
+def _any_case(choices: Sequence[str]) -> Callable[[str], str]:
+    """The choice that a word is, whatever its case; a word that is none stays as it is."""
+    spelled = {choice.lower(): choice for choice in choices}
+    return lambda word: spelled.get(word.lower(), word)
 
 
 def run_command(argv: list[str], prog: str) -> int:
@@ -175,14 +196,17 @@ def measuring(
             # serve until that has stored what it measured.
             with signals.held_back(), signals.graceful():
                 return _serve(ask(), launched)
-        start = Start(launched, join(launched), place)
+        replicas = join(launched)
 
         def work() -> int:
-            with mirrored(destination, start.replicas) as is_whole:
-                code = run(start.replicas.agree(ask), signals, start)
+            with mirrored(destination, replicas) as is_whole:
+                asked = replicas.agree(ask)
+                with guarded() as guard:
+                    begun = Start(launched, replicas, place, guard, destination.url)
+                    code = run(asked, signals, begun)
             return FAILED if code == OK and not is_whole() else code
 
-        return work() if start.replicas.size == 1 else _together(work, start.replicas, prog)
+        return work() if replicas.size == 1 else _together(work, replicas, prog)
 
 
 def _together(work: Callable[[], int], replicas: Replicas, prog: str) -> int:
@@ -216,7 +240,7 @@ def _serve(asked: object, launched: Launch) -> int:
     config = asked.config
     launch.node_arguments(launched, engines.adapter(config.engine).node_args)
     launch.follow_head(launched)
-    start_engine(config, launched).close()
+    close_engine(start_engine(config, launched))
     return OK
 
 
@@ -253,6 +277,8 @@ def _run_one(asked: Asked, signals: Signals, start: Start) -> int:
     directory = replicas.from_first(lambda: resume_dir or _directory(config))
     if resume_dir is None:
         replicas.from_first(lambda: store.refuse_existing(directory))
+    replicas.from_first(lambda: store.refuse_unwritable(directory))
+    warn_of_foreign_code(config.trust_remote_code and replicas.is_first)
     say(f"reading and encoding the prompts of --dataset {config.dataset}", config)
     prepared = replicas.agree(lambda: session.prepare(config))
     refuse_other_prompts(replicas.exchange(prepared.fingerprint))
@@ -268,11 +294,10 @@ def _run_one(asked: Asked, signals: Signals, start: Start) -> int:
     if target.is_complete(prepared):
         replicas.agree(lambda: session.call_complete(target) if replicas.is_first else None)
         if replicas.is_first:
-            print_report([directory], "console")
-            print(f"\n{directory} was complete already: nothing was measured", file=sys.stderr)
+            place = start.shown(directory)
+            print_summary(directory, place)
+            print(f"{place} was complete already: nothing was measured", file=sys.stderr)
         return OK
-    if config.trust_remote_code and replicas.is_first:
-        print("note: --trust_remote_code runs code that ships with the checkpoint", file=sys.stderr)
     start = with_own_devices([config], start)
     say(f"starting {config.engine}", config)
     with signals.held_back():
@@ -281,11 +306,11 @@ def _run_one(asked: Asked, signals: Signals, start: Start) -> int:
         outcome = measure(config, prepared, engine, target, signals, start, fault)
     finally:
         if engine is not None:
-            engine.close()
+            close_engine(engine)
     if replicas.is_first:
         try_known_answer(config, prepared, directory)
-        print_report([directory], "console")
-        _say_end(outcome, directory)
+        print_summary(directory, start.shown(directory))
+        _say_end(outcome, start.shown(directory))
     return _exit_code(outcome, signals)
 
 
@@ -316,13 +341,17 @@ def _exit_code(outcome: Outcome, signals: Signals) -> int:
     return FAILED if has_failed(outcome) else OK
 
 
-def _say_end(outcome: Outcome, directory: Path) -> None:
+def _say_end(outcome: Outcome, place: str) -> None:
     if outcome.end.reason == "finished":
         return
+    done = (
+        f"{outcome.n_committed} of the {outcome.n_rows} conversations that were left are stored"
+        if outcome.n_committed
+        else f"none of the {outcome.n_rows} conversations that were left came to its end"
+    )
     print(
-        f"\nThe run stopped early ({outcome.end.message}): of {outcome.n_rows} conversations that "
-        f"were left, {outcome.n_committed} are stored now. Continue it with the same command and "
-        f"--resume, or: run.py --save_dir {directory} --resume",
+        f"\nThe run stopped early ({outcome.end.message}): {done}. Continue it with the same "
+        f"command and --resume, or: run.py --save_dir {place} --resume",
         file=sys.stderr,
     )
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedbench import cli_measure
-from speedbench.cli_base import FAILED, OK, Signals
-from speedbench.cli_report import print_report
+from speedbench.cli_base import FAILED, OK, Signals, warn_of_foreign_code
+from speedbench.cli_report import print_summary
 from speedbench.types import UserError
 
 if TYPE_CHECKING:  # imported where needed, so that --help answers at once
@@ -39,9 +39,10 @@ def measure_all(
     Raises UserError for a mistake that concerns all runs; in a sweep, what concerns one cell is
     told and stored, and the others go on.
     """
-    from speedbench import series
+    from speedbench import series, store
 
     replicas = start.replicas
+    replicas.from_first(lambda: store.refuse_unwritable(plan.directory))
     with contextlib.ExitStack() as held:
         work = _Work(plan, kept, signals, start, held)
         if kept is not None:
@@ -54,7 +55,7 @@ def measure_all(
             work.close()
         code = work.exit_code()
     if replicas.is_first and not work.stopped:
-        print_results(plan.directory)
+        print_results(plan.directory, start.shown(plan.directory))
     return code
 
 
@@ -127,6 +128,8 @@ class _Work:
 
     def prepare(self, fingerprint: str | None) -> None:
         """Read and encode what is asked, once for all runs that ask the same."""
+        trusts = any(run.cell.config.trust_remote_code for run in self.left)
+        warn_of_foreign_code(trusts and self.start.replicas.is_first)
         from speedbench import session
         from speedbench.replicas import AgreedError
 
@@ -145,8 +148,6 @@ class _Work:
         if configs:
             self.start = cli_measure.with_own_devices(configs, self.start)
             self._hint_at_live_history()
-            if any(config.trust_remote_code for config in configs):
-                self._say("note: --trust_remote_code runs code that ships with the checkpoint")
 
     def _prepared(self, config: RunConfig) -> Prepared:
         from speedbench import session
@@ -291,7 +292,7 @@ class _Work:
     def close(self) -> None:
         engine, self.engine, self.is_open, self.fault = self.engine, None, False, ""
         if engine is not None:
-            engine.close()
+            cli_measure.close_engine(engine)
 
     # ------------------------------------------------------------ telling
 
@@ -355,21 +356,25 @@ def started_as(config: RunConfig) -> str:
     return f"{drafts}, for {slots} request(s) at a time"
 
 
-def print_results(directory: Path) -> None:
-    """What the runs of a folder say together: of a sweep its curves, else the whole report."""
+def print_results(directory: Path, place: str) -> None:
+    """What the runs of a folder say together: of a sweep its curves, else what they come to.
+
+    place  what the user calls the folder
+    """
     from speedbench.report.arms import load_arms
     from speedbench.report.layout_pareto import of_sweep
 
     try:
         arms = load_arms([directory])
-        if blocks := list(of_sweep(arms)):
-            _draw([*_above(arms), *blocks])
-        else:
-            print_report([directory], "console")
+        blocks = list(of_sweep(arms))
+        if not blocks:
+            print_summary(directory, place)
+            return
+        _draw([*_above(arms), *blocks])
     except Exception as error:  # noqa: BLE001 - how the measuring ended decides the exit code
         what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         print(f"speedbench: no report: {what}", file=sys.stderr)
-    print(f"\nRuns: {directory}. The whole report: speedbench report {directory}", file=sys.stderr)
+    print(f"\nRuns: {place}. The whole report: speedbench report {place}", file=sys.stderr)
 
 
 def _above(arms: Sequence[Arm]) -> Iterator[Block]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from speedbench.cli_base import FAILED, OK, Parser
+from speedbench.types import UserError
 
 
 def upload_command(argv: list[str], prog: str) -> int:
@@ -18,6 +19,8 @@ def upload_command(argv: list[str], prog: str) -> int:
     given = parser.parse(argv)
     from speedbench import mirror
 
+    if not Path(given.directory).is_dir():
+        raise UserError(f"{given.directory} is no folder: name the --save_dir of a run")
     uploaded = mirror.upload(Path(given.directory), given.url)
     print(mirror.verdict(uploaded, given.url, Path(given.directory)))
     return FAILED if uploaded.missing else OK

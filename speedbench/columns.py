@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.signedinteger[Any]]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """Steps that a server told in total, of requests (T,) whose events are not single steps.
+
+    request  (T,) index of the request
+    lengths  (T, W) its verifications by length, uncut: column n is length n
+    n_plain  (T,) its further decode steps, as many as its tokens need at least
+    is_whole  no steps can be missing from these; else the end of a request may have cut off as
+              many tokens as steps without a draft made
+    """
+
+    request: Ints
+    lengths: Ints
+    n_plain: Ints
+    is_whole: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Columns:
     """Requests (R,), steps (S,) sorted by request and step, and what their codes mean (C,).
+
+    A long run has 10 million steps: what is counted of each is int32, as it is stored; sums of
+    them are int64 (numpy's), and so is everything else.
 
     conversation  (R,) index into `conversation_ids`; one conversation appears once
     category      (C,) index into `categories`, of each conversation
@@ -27,6 +48,7 @@ class Columns:
     accepted      (S,) draft tokens the engine accepted, UNKNOWN (-1) where it does not tell
     drafted       (S,) draft tokens it checked, UNKNOWN (-1) where it does not tell
     engine_steps  (S,) 1 exact; >1 so many steps merged; 0 the engine cannot say
+    told          the steps of requests whose events hold several, or may; None: of no request
     """
 
     categories: tuple[str, ...]
@@ -47,6 +69,7 @@ class Columns:
     n_tokens: Ints
     accepted: Ints
     drafted: Ints
+    told: Told | None = None
 
     @property
     def n_requests(self) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -14,11 +15,13 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from speedbench.types import Algorithm, EngineSettings, Sampling, UserError
+from speedbench.limits import LIMITED, parse_limits
+from speedbench.types import Algorithm, EngineSettings, Sampling, ServerSettings, UserError
 
 DATASETS = ("speed", "specbench", "mtbench", "random", "jsonl", "mini", "calibration")
 
@@ -39,21 +42,38 @@ PRESETS: Mapping[str, int | None] = {"ci": 88, "short": 264, "full": None}
 NEEDS_DRAFT_MODEL = ("EAGLE3", "EAGLE", "DRAFT_TARGET", "MEDUSA", "PARD", "DFLASH")
 """Algorithms that cannot run without a second checkpoint (MTP may keep its head in the target)."""
 
+SERVER = "OPENAI"
+"""The engine that is a server under test."""
+
+OF_A_SERVER = (
+    "url", "model", "endpoint", "request_timeout", "api_key_env", "metrics_url",
+    "no_server_metrics",
+)  # fmt: skip
+"""Fields that only a server has."""
+
+OF_AN_ENGINE = ("engine_args", "capture_experts", "draft_sample_method", "block_size")
+"""Fields that decide how an engine is started, and that nobody could take for a description."""
+
 TAKES_NO_DRAFT_MODEL = ("NONE", "NGRAM", "SUFFIX")
 """Algorithms that have no draft checkpoint."""
 
-NOT_IDENTITY = frozenset({"save_dir", "show_progress", "max_duration"})
+NOT_IDENTITY = frozenset(
+    {
+        "save_dir", "show_progress", "max_duration", "stall_timeout", "goodput", "url",
+        "api_key_env", "metrics_url",
+    }
+)  # fmt: skip
 """Fields that may differ between a run and its resumption: they change nothing measured."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smh]?)")
 _SHARD = re.compile(r"(\d+)/(\d+)")
 
 
-def _seconds(value: object) -> object:
+def _seconds(value: object, field: ValidationInfo) -> object:
     """'90', '90s', '30m' or '2h' -> seconds."""
     if isinstance(value, str):
         if (match := _DURATION.fullmatch(value.strip())) is None:
-            raise ValueError(f"--max_duration is '{value}': expected such as 90s, 30m or 2h")
+            raise ValueError(f"--{field.field_name} is '{value}': expected such as 90s, 30m or 2h")
         return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
     return value
 
@@ -98,6 +118,32 @@ class RunConfig(BaseModel):
     block_size: int | None = _flag(
         "speculation", "block size of a block-diffusion drafter (DFLASH)", None, ge=1
     )
+
+    url: str | None = _flag(
+        "server", "of --engine OPENAI: http(s)://host:port, without a key", None
+    )
+    model: str | None = _flag("server", "the model's name at the server", None)
+    endpoint: Literal["completions", "chat"] = _flag(
+        "server",
+        "completions takes token IDs; chat takes text, which the server templates and encodes: "
+        "identical inputs cannot be shown then",
+        "completions",
+    )
+    request_timeout: Annotated[float, BeforeValidator(_seconds)] = _flag(
+        "server", "a request that has not ended after so long (90s, 30m, 2h) failed", 1800.0, gt=0
+    )
+    api_key_env: str | None = _flag(
+        "server",
+        "environment variable that holds the API key (default: OPENAI_API_KEY, if it is set)",
+        None,
+    )
+    metrics_url: str | None = _flag(
+        "server",
+        "where the server's Prometheus metrics are, of several workers by commas (default: "
+        "/metrics or /prometheus/metrics beside --url)",
+        None,
+    )
+    no_server_metrics: bool = _flag("server", "do not read the server's metrics", False)
 
     dataset: str = _flag(
         "data",
@@ -161,6 +207,26 @@ class RunConfig(BaseModel):
     sampling_kwargs: dict[str, Any] = _flag("", "further sampling parameters, engine's names", {})
 
     concurrency: int = _flag("measurement", "conversations in flight (in each replica)", 1, ge=1)
+    request_rate: float | None = _flag(
+        "measurement",
+        "conversations per second that come whatever the engine does (an open loop); --concurrency "
+        "is then how many may be in flight at most, and what waits for a place waits in its TTFT",
+        None,
+        gt=0,
+    )
+    arrivals: Literal["poisson", "constant"] = _flag(
+        "measurement", "of --request_rate: gaps that are random (exponential) or even", "poisson"
+    )
+    duration: Annotated[float | None, BeforeValidator(_seconds)] = _flag(
+        "measurement", "of --request_rate: no conversation comes after so long (90s, 30m)", None,
+        gt=0,
+    )  # fmt: skip
+    goodput: str | None = _flag(
+        "measurement",
+        "count the requests that keep these limits, such as ttft=200ms,step_time=30ms "
+        f"({', '.join(LIMITED)})",
+        None,
+    )
     max_num_seqs: int | None = _flag(
         "measurement",
         "requests the engine is started for (default: --concurrency); a sweep sets it, so that "
@@ -186,11 +252,23 @@ class RunConfig(BaseModel):
         None,
         gt=0,
     )
+    stall_timeout: Annotated[float, BeforeValidator(_seconds)] = _flag(
+        "measurement",
+        "an engine that gives no step for so long while requests are in flight is ended, and what "
+        "its processes were doing is stored; 0: never",
+        600.0,
+        ge=0,
+    )
 
     save_dir: str | None = _flag(
         "output", "run directory to create (default: runs/<time>-...)", None
     )
-    show_progress: bool = _flag("output", "print progress to stderr", False)
+    show_progress: bool | None = _flag(
+        "output",
+        "tell on stderr what goes on, before the first token, too (default: a live line on a "
+        "terminal, a line every 30 s in a log; --no_show_progress: nothing)",
+        None,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -220,7 +298,7 @@ class RunConfig(BaseModel):
                 f"--draft_model_dir {draft} is given without --speculative_algorithm: "
                 f"name one of {', '.join(a for a in get_args(Algorithm) if a != 'NONE')}"
             )
-        if algorithm in NEEDS_DRAFT_MODEL and draft is None:
+        if algorithm in NEEDS_DRAFT_MODEL and draft is None and self.engine != SERVER:
             raise ValueError(f"{algorithm} needs a draft checkpoint: add --draft_model_dir")
         if self.draft_length < 1 and (algorithm != "NONE" or self.draft_length < 0):
             raise ValueError(
@@ -244,6 +322,8 @@ class RunConfig(BaseModel):
                         f"--prompts {self.prompts} is encoded already, and --{name} has no effect "
                         "on it: leave one of them out"
                     )
+        self._refuse_misplaced()
+        self._refuse_half_a_load()
         if (self.dataset == "random") != (self.random_isl is not None):
             raise ValueError("--dataset random and --random_isl LENGTH belong together: give both")
         if self.speed_config is not None and self.dataset != "speed":
@@ -260,6 +340,46 @@ class RunConfig(BaseModel):
                 "out"
             )
         return self
+
+    def _refuse_half_a_load(self) -> None:
+        if self.request_rate is None:
+            for name in ("arrivals", "duration"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"--{name} belongs to --request_rate: give that, too")
+        elif self.concurrency == 1:
+            raise ValueError(
+                "--request_rate needs --concurrency N: how many conversations may be in flight at "
+                "most, more than you expect"
+            )
+
+    def _refuse_misplaced(self) -> None:
+        """Raise for what belongs to a server without one, or to an engine where a server is asked,
+        which was started without us."""
+        fields = type(self).model_fields
+        names = OF_A_SERVER if self.engine != SERVER else OF_AN_ENGINE
+        for name in names:
+            if getattr(self, name) == fields[name].default:
+                continue
+            if self.engine != SERVER:
+                raise ValueError(f"--{name} belongs to --engine {SERVER}: leave it out")
+            shown = "engine_args" if name == "engine_args" else f"--{name}"
+            raise ValueError(
+                f"{shown} cannot be set from here: the server at {self.url} was started without "
+                "speedbench; leave it out and start the server with it"
+            )
+        if self.engine != SERVER:
+            return
+        for name in ("url", "model"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing: --engine {SERVER} needs --url and --model")
+        _refuse_no_place("url", self.url or "")
+        for one in (self.metrics_url or "").split(",") if self.metrics_url is not None else ():
+            _refuse_no_place("metrics_url", one.strip())
+
+    @field_validator("speculative_algorithm", mode="before")
+    @classmethod
+    def _in_capitals(cls, name: Any) -> Any:
+        return name.upper() if isinstance(name, str) else name
 
     @field_validator("dataset")
     @classmethod
@@ -278,6 +398,13 @@ class RunConfig(BaseModel):
                 f"--speed_config is '{name}': expected one of {', '.join(SPEED_CONFIGS)}"
             )
         return name
+
+    @field_validator("goodput")
+    @classmethod
+    def _are_limits(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_limits(text)
+        return text
 
     @field_validator("shard")
     @classmethod
@@ -344,6 +471,19 @@ class RunConfig(BaseModel):
             capture_experts=self.capture_experts,
             engine_args=self.engine_args,
             sampling=self.sampling(()),
+            server=self._server(),
+        )
+
+    def _server(self) -> ServerSettings | None:
+        if self.engine != SERVER:
+            return None
+        return ServerSettings(
+            url=self.url or "",
+            model=self.model or "",
+            endpoint=self.endpoint,
+            request_timeout_s=self.request_timeout,
+            api_key_env=self.api_key_env,
+            metrics_url=self.metrics_url,
         )
 
     def sampling(self, stop_token_ids: tuple[int, ...]) -> Sampling:
@@ -364,6 +504,24 @@ class RunConfig(BaseModel):
             for name in mine
             if name not in NOT_IDENTITY and mine[name] != theirs[name]
         }
+
+
+def _refuse_no_place(flag: str, url: str) -> None:
+    """Raise for an address that is none, or that holds what must not be stored."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"--{flag} is '{url}': expected such as http://127.0.0.1:8000")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(
+            f"--{flag} holds more than a place, and would be stored: leave out user, key, query "
+            "and fragment (a key comes from the environment, see --api_key_env)"
+        )
+
+
+DEFAULTS: Mapping[str, Any] = {
+    name: field.default for name, field in RunConfig.model_fields.items()
+}
+"""What a field is where a run was stored before there was such a field."""
 
 
 def _is_speculative(argument: str) -> bool:
@@ -388,12 +546,14 @@ def speed_part(name: str) -> tuple[str, str | None]:
     )
 
 
-def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Validate plain values. Raises UserError with one sentence for the first fault found."""
+def from_dict(values: Mapping[str, Any], where: str = "") -> RunConfig:
+    """Validate plain values. Raises UserError with one sentence for the first fault found; `where`:
+    the file that they were stored in."""
     try:
         return RunConfig.model_validate(dict(values))
-    except ValidationError as error:
-        raise UserError(_sentence(error)) from None
+    except (ValueError, TypeError) as error:  # a lone surrogate is no ValidationError
+        told = _sentence(error) if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{where}: {told}" if where else told) from None
 
 
 def _sentence(error: ValidationError) -> str:
@@ -405,10 +565,15 @@ def _sentence(error: ValidationError) -> str:
         return message
     if fault["type"] == "missing":
         return f"--{name} is missing: say which {name} to use"
+    if fault["type"] == "tuple_type":
+        return f"--{name} is {fault['input']!r}, expected a list: [{fault['input']}]"
     if fault["type"] == "extra_forbidden":
         return f"'{name}' is no field of a run configuration: see run.py --help"
     return f"--{name} is {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
+
+MOST_VALUES = 100_000
+"""Of a YAML file, its aliases followed."""
 
 RUNTIME_SECTIONS = ("engine_args", "sampling_kwargs", "chat_template_args", "dataset_kwargs")
 
@@ -419,13 +584,28 @@ def read_yaml(path: str | Path, flag: str, expected: Sequence[str]) -> dict[str,
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def get_single_node(self) -> Any:
+            node = super().get_single_node()
+            if node is not None and _n_values(node) > MOST_VALUES:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"it stands for more than {MOST_VALUES} values: let nothing contain itself",
+                    node.start_mark,
+                )
+            return node
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, Hashable):
+                    continue  # refused below, in its own words
+                if key in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"'{key}' stands twice", node.start_mark
                     )
+                seen.add(key)
             return super().construct_mapping(node, deep)
 
     try:
@@ -443,6 +623,22 @@ def read_yaml(path: str | Path, flag: str, expected: Sequence[str]) -> dict[str,
         )
     refuse_unstorable(found, f"{flag} {path}")
     return found
+
+
+def _n_values(root: Any) -> int:
+    """Values a YAML node stands for once its aliases are followed: a page of them can stand for
+    more than a machine holds. Of one that contains itself, too many."""
+    known: dict[int, int] = {}
+
+    def counted(node: Any) -> int:
+        if id(node) not in known:
+            known[id(node)] = MOST_VALUES + 1  # met again inside itself
+            inner = node.value if isinstance(node.value, list) else ()
+            parts = [part for pair in inner for part in (pair if type(pair) is tuple else (pair,))]
+            known[id(node)] = min(MOST_VALUES + 1, 1 + sum(map(counted, parts)))
+        return known[id(node)]
+
+    return counted(root)
 
 
 def refuse_unstorable(values: Mapping[str, Any], where: str) -> None:

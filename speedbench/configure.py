@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedbench.config import RunConfig, from_dict, read_runtime_params
+from speedbench.config import SERVER, RunConfig, from_dict, read_runtime_params
 from speedbench.environment import redact
 from speedbench.types import UserError
 
@@ -57,6 +57,7 @@ def configuration(given: Mapping[str, Any]) -> Asked:
         values.update(max_duration=None, show_progress=False)  # of that session, not of the run
     elif "config" in outside:
         path = remote.localized(outside["config"])
+        _refuse_plan(path)
         manifest = (
             store.read_manifest(path)
             if path.is_dir()
@@ -64,7 +65,7 @@ def configuration(given: Mapping[str, Any]) -> Asked:
         )
         values = {**manifest["config"], "save_dir": None}
         fingerprint = str(manifest["prompts"]["fingerprint"])
-    stored = from_dict(values) if values else None
+    stored = from_dict(values, str(outside.get("config", resume_dir))) if values else None
     values.update(merged_with_file(outside.get("runtime_params")))
     refuse_redacted(values)
     values.update(flags)
@@ -81,8 +82,25 @@ def configuration(given: Mapping[str, Any]) -> Asked:
             "--baseline measures the arm without speculation beside a speculative one: add "
             "--speculative_algorithm, or leave --baseline out"
         )
+    if baseline and config.engine == SERVER:
+        raise UserError(
+            "--baseline would ask the same server twice, which speculates or does not: measure a "
+            "server without speculation as a run of its own, and compare the two"
+        )
     is_series = baseline or repeat > 1 or kept is not None
     return Asked(config, resume_dir, fingerprint, baseline, repeat, is_series)
+
+
+def _refuse_plan(path: Path) -> None:
+    """Raise UserError for the plan of a folder of runs, where a run is asked for."""
+    from speedbench.sweep import STORED
+
+    plan = path / STORED if path.is_dir() else path
+    if plan.name == STORED and plan.is_file() and not (path / "manifest.json").is_file():
+        raise UserError(
+            f"--config {path} holds several runs: name one of them, the folder beside {plan}, or "
+            f"measure all again with `speedbench sweep --config {plan}`"
+        )
 
 
 def _kept_series(directory: Path, outside: Mapping[str, Any]) -> Kept | None:
@@ -147,7 +165,7 @@ def configured(values: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig
         raise UserError(f"--engine is missing: use one of {', '.join(_engine_names())}")
     values = {**values, "engine": known_engine(str(values["engine"]))}
     config = from_dict(_with_engine_arguments_absorbed(values, flags))
-    if config.engine != "NULL" and config.model_dir is None:
+    if config.engine not in ("NULL", SERVER) and config.model_dir is None:
         raise UserError("--model_dir is missing: name the target checkpoint")
     return config
 
@@ -235,6 +253,11 @@ def refuse_unsupported(config: RunConfig) -> None:
         raise UserError(
             f"{config.engine} does not support --speculative_algorithm "
             f"{config.speculative_algorithm}: it has {', '.join(adapter.algorithms)}"
+        )
+    if config.request_rate is not None and not hasattr(adapter, "poll_for"):
+        raise UserError(
+            f"{config.engine} cannot be asked at given moments: leave out --request_rate, or ask "
+            "its server (--engine OPENAI)"
         )
     most = adapter.max_concurrency
     if most is not None and config.concurrency > most:

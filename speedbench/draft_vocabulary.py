@@ -65,7 +65,7 @@ def read(checkpoint: Path | str) -> DraftVocabulary | None:
         found, source = np.flatnonzero(maps["t2d"]), "t2d"
     else:
         n_draft = config.get("draft_vocab_size")
-        if n_draft is not None and n_tokens is not None and n_draft < n_tokens:
+        if type(n_draft) is int and n_tokens is not None and n_draft < n_tokens:
             raise UserError(
                 f"{folder} drafts from {n_draft} of {n_tokens} tokens (config.json) but holds "
                 "neither d2t nor t2d, which say from which: export the checkpoint with its "
@@ -74,7 +74,8 @@ def read(checkpoint: Path | str) -> DraftVocabulary | None:
         return None
     if "t2d" in maps:
         n_tokens = n_tokens or len(maps["t2d"])
-    if found.min(initial=0) < 0 or (n_tokens is not None and found.max(initial=-1) >= n_tokens):
+    limit = run_store.MOST_TOKENS if n_tokens is None else min(n_tokens, run_store.MOST_TOKENS)
+    if found.min(initial=0) < 0 or found.max(initial=-1) >= limit:
         raise UserError(
             f"{folder}: {source} names target tokens {found.min()} to {found.max()}, expected 0 to "
             f"{'the last one' if n_tokens is None else n_tokens - 1}: it must hold offsets, target "
@@ -136,7 +137,7 @@ def _folder(checkpoint: Path | str) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -145,7 +146,7 @@ def _vocabulary_size(config: dict[str, Any]) -> int | None:
     """The target's; speculators checkpoints have it one level down."""
     inner = config.get("transformer_layer_config")
     for one in (config, inner if isinstance(inner, dict) else {}):
-        if isinstance(size := one.get("vocab_size"), int):
+        if type(size := one.get("vocab_size")) is int and size > 0:
             return size
     return None
 
@@ -176,15 +177,30 @@ def _files(folder: Path) -> list[Path]:
     for name in INDEXES:
         index = folder / name
         if index.is_file():
-            try:
-                places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"{index} cannot be read ({error}): restore it") from None
+            places = _places(index)
             named = {file for tensor, file in places.items() if _short(tensor) in NAMES}
             # Without any, one file is opened all the same, to see that there is a checkpoint.
             return [folder / file for file in sorted(named or set(list(places.values())[:1]))]
     tensors = sorted(folder.glob("*.safetensors"))
     return tensors or sorted(folder.glob("*.bin"))
+
+
+def _places(index: Path) -> dict[str, str]:
+    """Tensor -> the file beside the index that holds it."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index} cannot be read ({error}): restore it") from None
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{index} has no weight_map that names files: restore it")
+    for tensor, file in found.items():
+        is_name = isinstance(file, str) and file.isprintable() and file not in ("", ".", "..")
+        if not is_name or Path(file).name != file:
+            raise UserError(
+                f"{index} says that {tensor} is in {file!r:.80}, expected a file beside it: "
+                "restore it"
+            )
+    return found
 
 
 def _short(tensor: str) -> str:

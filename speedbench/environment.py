@@ -28,13 +28,64 @@ PACKAGES = (
     "tensorrt-llm",
 )
 
-SECRET_FLAGS = frozenset({"--api_key", "--hf_token", "--password"})
-SECRET_NAMES = frozenset({"api_key", "hf_token", "password", "secret", "access_token"})
+HIDDEN = "<redacted>"
+
+SECRET_NAMES = frozenset(
+    {
+        "api_key", "apikey", "token", "password", "passwd", "passphrase", "secret", "secrets",
+        "secret_key", "private_key", "client_secret", "credential", "credentials", "authorization",
+        "proxy_authorization", "x_api_key", "cookie", "set_cookie", "aws_access_key_id",
+        "aws_secret_access_key", "aws_session_token", "secret_access_key", "access_key",
+        "access_key_id", "account_key", "sas_token", "connection_string", "ssl_keyfile_password",
+    }
+)  # fmt: skip
+"""Names of what must be nowhere but in the process that uses it, exactly. Not the word `token`
+inside a longer name: num_speculative_tokens, max_tokens, tokenizer and eos_token_id are none."""
+
+SECRET_ENDINGS = (
+    "_api_key", "_apikey", "_secret", "_secret_key", "_password", "_passwd", "_private_key",
+    "_secret_access_key", "_access_key_id",
+)  # fmt: skip
+"""How such names end where something stands before them (OPENAI_API_KEY, admin_api_key)."""
+
+HOLDERS = (
+    "hf", "hub", "hugging_face_hub", "huggingface", "huggingface_hub", "access", "auth", "api",
+    "bearer", "refresh", "session", "security", "github", "gh", "gitlab", "gcp", "google", "azure",
+    "slack", "mlflow_tracking", "wandb", "oauth", "identity", "registry", "nvapi", "ngc",
+)  # fmt: skip
+"""..._token is a secret of these; of a tokenizer (eos_token, pad_token) it is a word."""
+
+WORDS = ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "stop", "image", "think_end", "special")
+"""..._TOKEN in capitals, as environment variables are, is a secret unless it is one of these."""
+
+BY_DATA = frozenset(
+    {"expected", "selected", "by_category", "row_sha256", "not_measured", "packages", "files",
+     "weights_sampled", "checkpoints"}
+)  # fmt: skip
+"""Mappings whose names come from data or paths: a category may be called 'password'."""
+
 SECRET_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,}|nvapi-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}"
-    r"|AKIA[0-9A-Z]{16}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+)"
+    r"(?<![A-Za-z0-9])("
+    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,}|nvapi-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}|xox[abeoprs]-[A-Za-z0-9-]{10,}"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[A-Za-z0-9_-]{35}"
+    r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+)"
 )
 """Values that are credentials wherever they stand. Never matched by the word 'token'."""
+
+_USER = re.compile(r"(?<=://)[^/\s:@?#]*:[^/\s@?#]+(?=@)")
+_BEARER = re.compile(r"(?i)\b(bearer|authorization:\s*basic)\s+[A-Za-z0-9._~+/=-]{8,}")
+_QUERY = re.compile(
+    r"(?i)([?&](?:[a-z0-9_-]*(?:signature|credential|security-token|api[_-]?key|password|secret)"
+    r"|sig|token|access_token|auth|key)=)[^&\s#'\"]+"
+)
+_ASSIGNED = re.compile(
+    r"""(?x)
+    (?<![A-Za-z0-9_-])(?P<quote>["']?)(?P<dashes>--)?(?P<name>[A-Za-z][A-Za-z0-9_-]{2,60})(?P=quote)
+    (?P<is>\s*:\s*|=)
+    (?P<value>"[^"]*"|'[^']*'|[^\s,;&"'{}\[\]<]+)"""
+)
+"""name=value, and "name": "value" as in JSON and YAML; the name decides."""
 
 
 def capture(argv: Sequence[str], model_dirs: Sequence[str | None]) -> dict[str, Any]:
@@ -59,13 +110,13 @@ def redact_argv(argv: Sequence[str]) -> list[str]:
     hide_next = False
     for word in argv:
         flag, equals, _ = word.partition("=")
-        hidden = flag.replace("-", "_").replace("__", "--", 1) in SECRET_FLAGS
+        hidden = flag.startswith("-") and is_secret_name(flag)
         if hide_next:
-            redacted.append("<redacted>")
+            redacted.append(HIDDEN)
         elif hidden and equals:
-            redacted.append(f"{flag}=<redacted>")
+            redacted.append(f"{flag}={HIDDEN}")
         else:
-            redacted.append(SECRET_VALUE.sub("<redacted>", word))
+            redacted.append(redact_text(word))
         hide_next = hidden and not equals
     return redacted
 
@@ -73,13 +124,56 @@ def redact_argv(argv: Sequence[str]) -> list[str]:
 def redact(value: Any) -> Any:
     """Plain values (dicts, lists, strings) with credentials blanked out, for the manifest."""
     if isinstance(value, Mapping):
-        return {
-            key: "<redacted>" if str(key).lower() in SECRET_NAMES else redact(inner)
-            for key, inner in value.items()
-        }
+        return {key: _redacted(str(key), inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [redact(inner) for inner in value]
-    return SECRET_VALUE.sub("<redacted>", value) if isinstance(value, str) else value
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def _redacted(name: str, value: Any) -> Any:
+    if name == "argv" and isinstance(value, (list, tuple)):
+        return redact_argv([str(word) for word in value])
+    if name in BY_DATA and isinstance(value, Mapping):
+        return {key: redact(inner) for key, inner in value.items()}
+    # None, true and false tell whether there is a secret, and none of it.
+    if is_secret_name(name) and value is not None and not isinstance(value, bool) and value != "":
+        return HIDDEN
+    return redact(value)
+
+
+def redact_text(text: str) -> str:
+    """Text with credentials blanked out: those known by their form, passwords in URLs, and what is
+    assigned to a name that says it is one."""
+    text = SECRET_VALUE.sub(HIDDEN, text)
+    text = _USER.sub(HIDDEN, text)
+    text = _BEARER.sub(rf"\1 {HIDDEN}", text)
+    text = _QUERY.sub(rf"\1{HIDDEN}", text)
+    return _ASSIGNED.sub(_unassigned, text)
+
+
+def _unassigned(found: re.Match[str]) -> str:
+    value = found["value"]
+    told = value.strip("\"'").lower() in ("", "none", "null", "true", "false", "bearer", "basic")
+    # Without quotes and with a blank after the colon it may be a sentence: 'token: expected ...'.
+    is_sentence = ":" in found["is"] and not found["quote"] and value[0] not in "\"'"
+    weak = found["name"].lower() in ("token", "secret", "secrets", "credential", "cookie")
+    if told or not is_secret_name(found["name"]) or (is_sentence and weak):
+        return found[0]
+    mark = value[0] if value[0] in "\"'" else ""
+    start = found[0][: found.start("value") - found.start()]
+    return f"{start}{mark}{HIDDEN}{mark}"
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a flag, field, header or environment variable of this name holds a credential."""
+    plain = name.lstrip("-").replace("-", "_").replace(".", "_")
+    low = plain.lower()
+    if low in SECRET_NAMES or low.endswith(SECRET_ENDINGS):
+        return True
+    if not low.endswith("_token"):
+        return False
+    holder = low.removesuffix("_token")
+    return holder in HOLDERS or (plain.isupper() and holder not in WORDS)
 
 
 def _version(name: str) -> str | None:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from speedbench import processes
 from speedbench.types import UserError
 
 HEAD = "SPEEDBENCH_HEAD"
@@ -304,7 +305,7 @@ def follow_head(launch: Launch, patience_s: float = 1800) -> None:
                 time.sleep(0.05)  # a short run must not end unseen
         with connection, contextlib.suppress(OSError):
             connection.recv(1)  # nothing is ever sent
-        for process in _descendants(os.getpid()):
+        for process in processes.descendants(os.getpid()):
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
         os._exit(0)
@@ -315,13 +316,3 @@ def follow_head(launch: Launch, patience_s: float = 1800) -> None:
 def _port_beside(launch: Launch) -> int:
     """The port after the engine's own."""
     return int(launch.head.rpartition(":")[2]) + 1
-
-
-def _descendants(process: int) -> list[int]:
-    """All processes that this one started, and those they started."""
-    found = []
-    for folder in Path(f"/proc/{process}/task").glob("*"):
-        with contextlib.suppress(OSError):
-            for child in map(int, (folder / "children").read_text().split()):
-                found += [child, *_descendants(child)]
-    return found

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from speedbench.collector import kept_short
+from speedbench.steps import Steps
 from speedbench.types import (
     UNKNOWN,
     Conversation,
@@ -21,14 +24,20 @@ from speedbench.types import (
     Request,
     Sampling,
     Step,
+    TimedEngine,
     TurnRecord,
 )
 
-PromptFor = Callable[[Conversation, int, Sequence[Sequence[int]]], Prompt]
-"""(row, turn, token IDs of the earlier replies) -> prompt; raises PromptRefusedError."""
+PromptFor = Callable[[Conversation, int, Sequence[Sequence[int] | str]], Prompt]
+"""(row, turn, the earlier replies: token IDs, or the text of a chat) -> prompt; raises
+PromptRefusedError."""
 
 
-EndReason = Literal["finished", "stopped", "engine died", "crashed"]
+EndReason = Literal["finished", "stopped", "engine died", "stalled", "crashed"]
+"""`stalled` is said by whoever watches the loop: inside it, a call that hangs never returns."""
+
+LONGEST_WAIT_S = 0.2
+"""Between arrivals that are far apart somebody must still be able to stop it."""
 
 _NO_PROMPT = Prompt((), "")
 
@@ -37,11 +46,11 @@ _NO_PROMPT = Prompt((), "")
 class _Flight:
     row: Conversation
     request_id: str
-    prompt: Prompt
+    steps: Steps
+    prompt: Prompt = _NO_PROMPT
     submitted_ns: int = UNKNOWN
-    steps: list[Step] = field(default_factory=list)
     ended: list[TurnRecord] = field(default_factory=list)
-    replies: list[list[int]] = field(default_factory=list)
+    replies: list[Sequence[int] | str] = field(default_factory=list)
 
     def end(self, reason: FinishReason, error: str | None) -> TurnRecord:
         return TurnRecord(
@@ -54,6 +63,10 @@ class _Flight:
             error,
             self.steps,
         )
+
+    def n_tokens(self) -> int:
+        ended = sum(len(turn.output_token_ids()) for turn in self.ended)
+        return ended + len(self.steps.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +92,9 @@ class Loop:
     `stop` is asked after every poll and returns why to stop, or None. `n_tokens` and `n_done`
     grow while it runs, for a progress display. `clock` (ns) stamps submissions; it must be the
     clock that the engine's steps are stamped with.
+
+    arrivals  ns after the start at which each row is due, rising: an open loop, whose rows are
+              submitted as of then, however late they can be sent. None: as soon as there is room
     """
 
     def __init__(
@@ -93,6 +109,7 @@ class Loop:
         commit: Callable[[ConversationRecord], None],
         stop: Callable[[], str | None],
         clock: Callable[[], int] = time.monotonic_ns,
+        arrivals: Sequence[int] | None = None,
     ) -> None:
         self._engine = engine
         self._prompt_for = prompt_for
@@ -104,23 +121,32 @@ class Loop:
         self._stop = stop
         self._clock = clock
         self._flights: dict[str, _Flight] = {}
-        self._ready: list[_Flight] = []
+        self._ready: deque[_Flight] = deque()
+        self._arrivals = arrivals
+        self._next: tuple[Conversation, int] | None = None  # the row that is not admitted yet
         self._n_admitted = 0
         self._n_stray_steps = 0
+        self._started_ns = clock()
         self.n_done = 0
         self.n_tokens = 0
 
     def run(self, rows: Iterable[Conversation]) -> LoopEnd:
         """Ask every row; returns when all have ended, on `stop`, or when something broke."""
-        queue = iter(rows)
-        started_ns = self._clock()
+        with kept_short():
+            return self._run(rows)
+
+    def _run(self, rows: Iterable[Conversation]) -> LoopEnd:
+        started_ns = self._started_ns = self._clock()
+        if self._arrivals is None:
+            queue = ((row, UNKNOWN) for row in rows)
+        else:
+            queue = ((row, started_ns + due) for row, due in zip(rows, self._arrivals, strict=True))
         try:
             self._fill(queue)
-            while self._flights:
-                for step in self._engine.poll():
-                    self._take(step)
+            while self._flights or self._next is not None:
+                self._take(self._poll())
                 while self._ready:
-                    self._ask(self._ready.pop(0))
+                    self._ask(self._ready.popleft())
                 if (why := self._stop()) is not None:
                     return self._end("stopped", why, started_ns)
                 self._fill(queue)
@@ -134,18 +160,51 @@ class Loop:
             return self._end("crashed", message, started_ns)
         return self._end("finished", "", started_ns)
 
-    def _fill(self, queue: Iterable[Conversation]) -> None:
-        """Admit rows until N conversations are in flight or none is left."""
-        while len(self._flights) < self._concurrency:
-            row = next(iter(queue), None)
-            if row is None:
-                return
-            flight = _Flight(row, f"{self._id_prefix}{self._n_admitted}.0", _NO_PROMPT)
-            self._n_admitted += 1
-            self._ask(flight)
+    @property
+    def n_in_flight(self) -> int:
+        return len(self._flights)
 
-    def _ask(self, flight: _Flight) -> None:
-        """Submit the flight's next turn, or end the conversation if that turn is refused."""
+    def overlong(self) -> str | None:
+        """A request with more steps than it may have tokens: it may never end. Asked now and then
+        by another thread, where every step would be too often."""
+        for flight in list(self._flights.values()):
+            if len(flight.steps) > self._output_length:
+                return (
+                    f"request {flight.request_id} has {len(flight.steps)} steps, "
+                    f"{self._output_length} tokens were asked for"
+                )
+        return None
+
+    def cut(self, reason: EndReason, message: str) -> LoopEnd:
+        """How it ends now, for whoever ends it from outside."""
+        return self._end(reason, message, self._started_ns)
+
+    def _poll(self) -> Sequence[Step]:
+        """What the engine gave, at the latest when the next row is due and there is room for it."""
+        if self._next is None or len(self._flights) >= self._concurrency:
+            return self._engine.poll()
+        wait_ns = self._next[1] - self._clock()
+        assert isinstance(self._engine, TimedEngine)  # the configuration asks for nothing else
+        return self._engine.poll_for(min(max(wait_ns, 0) / 1e9, LONGEST_WAIT_S))
+
+    def _fill(self, queue: Iterator[tuple[Conversation, int]]) -> None:
+        """Admit the rows that are due until N conversations are in flight or none is left."""
+        while len(self._flights) < self._concurrency:
+            self._next = self._next or next(queue, None)
+            if self._next is None:
+                return
+            row, due_ns = self._next
+            if due_ns != UNKNOWN and due_ns > self._clock():
+                return
+            self._next = None
+            request_id = f"{self._id_prefix}{self._n_admitted}.0"
+            flight = _Flight(row, request_id, Steps(request_id))
+            self._n_admitted += 1
+            self._ask(flight, due_ns)
+
+    def _ask(self, flight: _Flight, due_ns: int = UNKNOWN) -> None:
+        """Submit the flight's next turn, or end the conversation if that turn is refused. A turn
+        that was due earlier was submitted then: that it had to wait is in its TTFT."""
         try:
             flight.prompt = self._prompt_for(flight.row, len(flight.ended), flight.replies)
         except PromptRefusedError as refusal:
@@ -153,21 +212,36 @@ class Loop:
             self._end_conversation(flight, flight.end("refused", str(refusal)))
             return
         self._flights[flight.request_id] = flight
-        flight.submitted_ns = self._clock()
+        flight.submitted_ns = self._clock() if due_ns == UNKNOWN else due_ns
         self._engine.submit(
-            Request(flight.request_id, flight.prompt.token_ids, self._output_length, self._sampling)
+            Request(
+                flight.request_id,
+                flight.prompt.token_ids,
+                self._output_length,
+                self._sampling,
+                flight.prompt.messages,
+            )
         )
 
-    def _take(self, step: Step) -> None:
-        flight = self._flights.get(step.request_id)
-        if flight is None:
-            self._n_stray_steps += 1
-            return
-        self.n_tokens += len(step.token_ids)
-        if step.error is None or step.token_ids:
-            flight.steps.append(step)
-        if step.finish_reason is not None:
-            self._finish_turn(flight, step.finish_reason, step.error)
+    def _take(self, steps: Sequence[Step]) -> None:
+        """What one poll brought: the only code of ours that runs for every step."""
+        flights, n_tokens = self._flights, 0
+        for step in steps:
+            flight = flights.get(step.request_id)
+            if flight is None:
+                self._n_stray_steps += 1
+                continue
+            token_ids, reason, error = step.token_ids, step.finish_reason, step.error
+            n_tokens += len(token_ids)
+            if error is None or token_ids:
+                try:
+                    flight.steps.append(step)
+                except ValueError as fault:
+                    what = f"what the engine gave cannot be stored as numbers ({fault})"
+                    reason, error = "error", what
+            if reason is not None:
+                self._finish_turn(flight, reason, error)
+        self.n_tokens += n_tokens
 
     def _finish_turn(self, flight: _Flight, reason: FinishReason, error: str | None) -> None:
         del self._flights[flight.request_id]
@@ -176,10 +250,10 @@ class Loop:
             self._end_conversation(flight, record)
             return
         flight.ended.append(record)
-        flight.replies.append(record.output_token_ids())
-        flight.steps = []
+        flight.replies.append(record.reply())
         flight.submitted_ns = UNKNOWN
         flight.request_id = f"{flight.request_id.rpartition('.')[0]}.{len(flight.ended)}"
+        flight.steps = Steps(flight.request_id)
         self._ready.append(flight)  # asked when all steps of this poll are taken
 
     def _end_conversation(self, flight: _Flight, last: TurnRecord) -> None:
@@ -194,11 +268,6 @@ class Loop:
             started_ns,
             self._clock(),
             len(pending),
-            sum(
-                len(step.token_ids)
-                for flight in pending
-                for steps in (flight.steps, *(turn.steps for turn in flight.ended))
-                for step in steps
-            ),
+            sum(flight.n_tokens() for flight in pending),
             self._n_stray_steps,
         )

@@ -59,7 +59,8 @@ def answers(run: Run) -> Answers:
     for name, turn, category, prompt, reason, end in zip(
         *(turns[column].to_pylist() for column in names), ends, strict=True
     ):
-        if reason not in FAILED:
+        # A server that tells counts only leaves UNKNOWN for each token: no answer to compare.
+        if reason not in FAILED and (ids[begin:end] >= 0).all():
             found[name, turn] = answer(category, prompt, ids[begin:end])
         begin = end
     return found

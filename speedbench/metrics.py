@@ -25,13 +25,13 @@ def step_kinds(columns: Columns, draft_length: int) -> Ints:
     An event that merges engine steps, or may, or that shows or claims more than a step can hold
     (K+1 tokens), is MERGED: it never enters a histogram as one step.
     """
-    kind = np.select(
-        [columns.step == 0, columns.drafted > 0, columns.drafted == 0],
-        [PREFILL, VERIFY, PLAIN],
-        DECODE,
-    )
-    too_long = np.maximum(columns.n_tokens, columns.accepted + 1) > draft_length + 1
-    return np.where((columns.engine_steps != 1) | too_long, MERGED, kind)
+    kind = np.full(len(columns.step), DECODE, np.int8)
+    kind[columns.drafted > 0] = VERIFY
+    kind[columns.drafted == 0] = PLAIN
+    kind[columns.step == 0] = PREFILL
+    too_long = (columns.n_tokens > draft_length + 1) | (columns.accepted > draft_length)
+    kind[(columns.engine_steps != 1) | too_long] = MERGED
+    return kind
 
 
 def step_lengths(columns: Columns, kinds: Ints, draft_length: int) -> tuple[Ints, Bools]:
@@ -108,12 +108,9 @@ def count_lengths(
     group, length, censored: (S',) of the steps to count.
     """
     width = draft_length + 2
-    flat = group * width + length
-
-    def count(mask: Bools) -> Ints:
-        return np.bincount(flat[mask], minlength=n_groups * width).reshape(n_groups, width)
-
-    return count(~censored), count(censored)
+    flat = (group * width + length) * 2 + censored
+    both = np.bincount(flat, minlength=2 * n_groups * width).reshape(n_groups, width, 2)
+    return both[..., 0], both[..., 1]
 
 
 # ---------------------------------------------------------------- acceptance
@@ -175,6 +172,7 @@ class Acceptance:
     mean_uncut   (C',) mean length of uncensored decode steps, NaN without any
     mean_all     (C',) mean tokens of all events as they look, prefill and merged ones included
     n_verify, n_plain, n_decode  steps of each kind (n_decode: verify, plain and untold)
+    is_whole     no decode step can be missing
     n_merged, n_events  events left out of every histogram, and all events
     as_published (K+2 or more,) every event as it looks, by tokens: prefill, cut and merged ones too
     """
@@ -195,6 +193,7 @@ class Acceptance:
     n_merged: int
     n_events: int
     as_published: Ints
+    is_whole: bool = True
 
     @property
     def told_apart(self) -> bool:
@@ -214,8 +213,11 @@ def acceptance(columns: Columns, draft_length: int, cut_short: Bools | None = No
     n = int(measured.sum())
     keep = measured[conversation]
     group = code[conversation]
-    decode = keep & (kinds != PREFILL) & (kinds != MERGED)
-    verify = keep & (kinds == VERIFY)
+    told = _told_counts(columns, measured, code, draft_length)
+    # Steps that are told in total are counted there, not where they show.
+    single = keep & ~told.of_step
+    decode = single & (kinds != PREFILL) & (kinds != MERGED)
+    verify = single & (kinds == VERIFY)
 
     exhausted = (columns.drafted < draft_length) & (length == columns.drafted + 1)
 
@@ -225,7 +227,15 @@ def acceptance(columns: Columns, draft_length: int, cut_short: Bools | None = No
     whole, cut = count(decode)
     whole_verify, cut_verify = count(verify)
     whole_offered, cut_offered = count(verify, censored | exhausted)
+    whole, whole_verify = whole + told.whole, whole_verify + told.whole_verify
+    whole_offered = whole_offered + told.whole_verify
     lengths = np.arange(draft_length + 2)
+    # An event of unknown steps is none of them: a mean over such would be of chunks.
+    unknown = np.bincount(group[single & (columns.engine_steps == 0)], minlength=n) > 0
+    n_events = np.bincount(group[single], minlength=n) + told.n_events
+    mean_all = _ratio(np.bincount(group[keep], columns.n_tokens[keep], n), n_events)
+    n_told = int(told.whole.sum())
+    n_told_verify = int(told.whole_verify.sum())
     return Acceptance(
         n_categories=len(columns.categories),
         category=columns.category[measured],
@@ -236,17 +246,62 @@ def acceptance(columns: Columns, draft_length: int, cut_short: Bools | None = No
         whole_offered=whole_offered,
         cut_offered=cut_offered,
         mean_uncut=_ratio(whole @ lengths, whole.sum(axis=1)),
-        mean_all=_ratio(
-            np.bincount(group[keep], columns.n_tokens[keep], n),
-            np.bincount(group[keep], minlength=n),
+        mean_all=np.where(unknown, np.nan, mean_all),
+        n_verify=int(verify.sum()) + n_told_verify,
+        n_plain=int((single & (kinds == PLAIN)).sum()) + n_told - n_told_verify,
+        n_decode=int(decode.sum()) + n_told,
+        n_merged=int((single & (kinds == MERGED)).sum()),
+        n_events=int(n_events.sum()),
+        is_whole=columns.told is None or columns.told.is_whole,
+        as_published=_added(
+            np.bincount(columns.n_tokens[single], minlength=draft_length + 2), told.as_published
         ),
-        n_verify=int(verify.sum()),
-        n_plain=int((keep & (kinds == PLAIN)).sum()),
-        n_decode=int(decode.sum()),
-        n_merged=int((keep & (kinds == MERGED)).sum()),
-        n_events=int(keep.sum()),
-        as_published=np.bincount(columns.n_tokens[keep], minlength=draft_length + 2),
     )
+
+
+def _added(longer: Ints, shorter: Ints) -> Ints:
+    total: Ints = longer.copy()
+    total[: len(shorter)] += shorter
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _ToldCounts:
+    """Of `Columns.told`: which steps it stands for (S,), and their counts per conversation (C',).
+
+    whole, whole_verify  (C', K+2) decode steps and verifications by length
+    n_events      (C',) steps, the prefills included
+    as_published  (K+2,) the same by length
+    """
+
+    of_step: Bools
+    whole: Ints
+    whole_verify: Ints
+    n_events: Ints
+    as_published: Ints
+
+
+def _told_counts(columns: Columns, measured: Bools, code: Ints, draft_length: int) -> _ToldCounts:
+    n, width = int(measured.sum()), draft_length + 2
+    whole_verify = np.zeros((n, width), np.int64)
+    plain = np.zeros(n, np.int64)
+    prefills = np.zeros(n, np.int64)
+    of_step = np.zeros(len(columns.step), bool)
+    told = columns.told
+    if told is not None and told.lengths.shape[1] <= width:  # else K is not what it says
+        keep = measured[columns.conversation[told.request]]
+        group = code[columns.conversation[told.request[keep]]]
+        lengths = np.zeros((len(group), width), np.int64)
+        lengths[:, : told.lengths.shape[1]] = told.lengths[keep]
+        np.add.at(whole_verify, group, lengths)
+        np.add.at(plain, group, told.n_plain[keep])
+        np.add.at(prefills, group, 1)
+        of_step = np.isin(columns.request, told.request[keep])
+    whole = whole_verify.copy()
+    whole[:, 1] += plain
+    published = whole.sum(axis=0)
+    published[1] += prefills.sum()
+    return _ToldCounts(of_step, whole, whole_verify, whole.sum(axis=1) + prefills, published)
 
 
 def _ratio(numerator: Floats | Ints, denominator: Floats | Ints) -> Floats:
@@ -282,6 +337,9 @@ def acceptance_lengths(counts: Acceptance, weights: Floats) -> dict[str, Accepta
             total[:, g] = w @ getattr(counts, name)[members]
         uncut[:, g] = _weighted_mean(counts.mean_uncut[members], w)
         everything[:, g] = _weighted_mean(counts.mean_all[members], w)
+    if not counts.is_whole:  # steps without a draft may be missing
+        sums["whole"][:] = sums["cut"][:] = 0
+        uncut[:] = everything[:] = np.nan
     by_category = acceptance_length(sums["whole"], sums["cut"])
     if not counts.told_apart:  # those told to be verify steps are not all of them
         sums["whole_verify"][:] = sums["cut_verify"][:] = 0
@@ -299,7 +357,10 @@ def acceptance_lengths(counts: Acceptance, weights: Floats) -> dict[str, Accepta
         "al_step": AcceptanceLengths(by_category, pooled("whole", "cut")),
         "al_conversation": AcceptanceLengths(uncut, mean(uncut)),
         "al_drafted": AcceptanceLengths(drafted, pooled("whole_verify", "cut_verify")),
-        "al_specdec_bench": AcceptanceLengths(everything, _weighted_mean(counts.mean_all, weights)),
+        "al_specdec_bench": AcceptanceLengths(
+            everything,
+            _weighted_mean(counts.mean_all, weights) if counts.is_whole else np.full(b, np.nan),
+        ),
     }
 
 
@@ -327,11 +388,25 @@ class Timing:
     n_output_tokens: Ints
 
 
+def timed(columns: Columns) -> Bools:
+    """(R,) requests whose times can be right: none lies before the one before it, nor before the
+    request was asked."""
+    good = np.ones(columns.n_requests, bool)
+    back = (np.diff(columns.time_ns) < 0) & (np.diff(columns.request) == 0)
+    good[columns.request[1:][back]] = False
+    first, _ = columns.first_and_last()
+    request = columns.request[first]
+    good[request[columns.time_ns[first] < columns.submitted_ns[request]]] = False
+    return good
+
+
 def timing(columns: Columns, draft_length: int) -> Timing:
-    """Times of every finished request of conversations that did not fail."""
+    """Times of every finished request of conversations that did not fail; of none whose clock ran
+    backwards."""
     first, last = columns.first_and_last()
     request = columns.request[first]
     good = columns.finished[request] & ~columns.failed[columns.conversation[request]]
+    good &= timed(columns)[request]
     first, last, request = first[good], last[good], request[good]
     tokens_up_to = np.append(0, np.cumsum(columns.n_tokens))
     n_output = tokens_up_to[last + 1] - tokens_up_to[first]
@@ -341,7 +416,11 @@ def timing(columns: Columns, draft_length: int) -> Timing:
     gap = np.diff(columns.time_ns)
     inside = np.diff(columns.request) == 0
     exact = step_kinds(columns, draft_length)[1:] != MERGED
-    wanted = np.isin(columns.request[1:], request) & inside & exact
+    of_good = np.zeros(columns.n_requests, bool)
+    of_good[request] = True
+    wanted = of_good[columns.request[1:]] & inside & exact
+    if columns.told is not None and not _stand_for_all(columns, wanted, of_good):
+        wanted[:] = False
     submitted = columns.submitted_ns[request]
     return Timing(
         ttft_s=(columns.time_ns[first] - submitted) / 1e9,
@@ -352,10 +431,62 @@ def timing(columns: Columns, draft_length: int) -> Timing:
     )
 
 
+SINGLE = 0.9
+"""So many steps of a served run must come singly, for the times between them to be its step
+times: those that come together are not any."""
+
+
+def _stand_for_all(columns: Columns, wanted: Bools, of_good: Bools) -> bool:
+    """Whether the gaps (S-1,) are those of nearly all steps of requests `of_good` (R,)."""
+    n_steps = _steps_after_first(columns)[of_good]
+    return bool(wanted.sum() >= SINGLE * n_steps.sum()) if n_steps.min(initial=0) >= 0 else False
+
+
+def _steps_after_first(columns: Columns) -> Ints:
+    """(R,) decode steps of each request, those that were told in total too; -1 where not known."""
+    n = columns.n_requests
+    steps = np.bincount(columns.request[columns.step > 0], minlength=n)
+    steps[columns.request[columns.engine_steps == 0]] = -1
+    merged = columns.engine_steps > 1
+    np.add.at(steps, columns.request[merged], columns.engine_steps[merged] - 1)
+    if columns.told is not None:
+        n_told = columns.told.lengths.sum(axis=1) + columns.told.n_plain
+        steps[columns.told.request] = n_told if columns.told.is_whole else -1
+    return steps
+
+
+@dataclass(frozen=True, slots=True)
+class ServedTiming:
+    """Seconds. Of requests (R'',) whose steps are known, and that began with one token; of gaps
+    (G,) between chunks, whatever these hold."""
+
+    mean_step_s: Floats
+    inter_chunk_s: Floats
+
+
+def served_timing(columns: Columns) -> ServedTiming:
+    """Of finished requests of conversations that did not fail."""
+    first, last = columns.first_and_last()
+    request = columns.request[first]
+    good = columns.finished[request] & ~columns.failed[columns.conversation[request]]
+    good &= timed(columns)[request]
+    of_good = np.zeros(columns.n_requests, bool)
+    of_good[request[good]] = True
+    steps = _steps_after_first(columns)[request]
+    known = good & (steps > 0) & (columns.n_tokens[first] == 1)
+    decode_s = (columns.time_ns[last] - columns.time_ns[first]) / 1e9
+    inside = (np.diff(columns.request) == 0) & of_good[columns.request[1:]]
+    return ServedTiming(
+        mean_step_s=decode_s[known] / steps[known],
+        inter_chunk_s=np.diff(columns.time_ns)[inside] / 1e9,
+    )
+
+
 def conversation_user_tps(columns: Columns) -> Floats:
     """(C,) tokens after the first step / time after it, summed over a conversation's turns.
 
-    NaN for conversations that failed, and for those that spent no time after their first steps.
+    NaN for conversations that failed, for those that spent no time after their first steps, and
+    for those whose clock ran backwards.
     """
     n = len(columns.conversation_ids)
     first, last = columns.first_and_last()
@@ -364,6 +495,7 @@ def conversation_user_tps(columns: Columns) -> Floats:
     tokens = np.bincount(conversation[later], columns.n_tokens[later], n).astype(float)
     decode_ns = np.bincount(conversation[first], columns.time_ns[last] - columns.time_ns[first], n)
     tokens[columns.failed] = np.nan
+    tokens[columns.conversation[~timed(columns)]] = np.nan
     return _ratio(tokens, decode_ns / 1e9)
 
 

@@ -107,7 +107,7 @@ def _session_keys(text: bytes | None) -> list[tuple[str, ...]]:
         # Not its started_ns, which is another one once the session has ended.
         names = ("session", "replica", "started_at", "hostname", "clock")
         return [tuple(str(session.get(name)) for name in names) for session in sessions]
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return []
 
 
@@ -402,6 +402,11 @@ def upload(directory: Path, url: str) -> Uploaded:
     UserError."""
     if next(_files(directory), None) is None:
         raise UserError(f"{directory} holds nothing to upload: name the --save_dir of a run")
+    if not any(MANIFEST in files for _, _, files in os.walk(directory)):
+        raise UserError(
+            f"{directory} is no run directory (it has no {MANIFEST}) and holds none: name the "
+            "--save_dir of a run, or a folder of runs"
+        )
     with opened(directory, canonical(url), "upload") as (mirror, _news):
         return mirror.finish()
 

@@ -298,12 +298,12 @@ def template_variables(template: str, source: str) -> list[str]:
     plain = re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", template)
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-    except jinja2.TemplateError as error:
+        names = meta.find_undeclared_variables(tree) - _NOT_ARGUMENTS
+    except (jinja2.TemplateError, RecursionError, ValueError, OverflowError) as error:
         raise UserError(
             f"the chat template of {source} is not valid ({first_line(error)}): mend it, or add "
             "--completions"
         ) from None
-    names = meta.find_undeclared_variables(tree) - _NOT_ARGUMENTS
     return sorted(name for name in names if not name.endswith("_token"))
 
 
@@ -394,6 +394,7 @@ def _source(config: RunConfig) -> tuple[str, str]:
 
 def _load_tokenizer(source: str, flag: str, trust_remote_code: bool) -> Any:
     _check_place(source, flag)
+    _refuse_absurd_ids(source, flag)
     # By name: transformers' types differ between the versions that we run with.
     transformers: Any = importlib.import_module("transformers")
     try:
@@ -409,6 +410,38 @@ def _load_tokenizer(source: str, flag: str, trust_remote_code: bool) -> Any:
         raise UserError(
             f"{flag} {source} gives no tokenizer ({first_line(error)}): {remedy}"
         ) from None
+
+
+MOST_TOKEN_IDS = 1 << 24
+"""Token IDs are below this: a library that meets a larger one counts up to it, for minutes."""
+
+
+def _refuse_absurd_ids(source: str, flag: str) -> None:
+    """Raise UserError for a tokenizer whose files name a token ID that nobody gave."""
+    whole = _json_beside(source, "tokenizer.json")
+    model, config = whole.get("model"), _json_beside(source, "tokenizer_config.json")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    added, decoder = whole.get("added_tokens"), config.get("added_tokens_decoder")
+    found: list[Any] = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    if isinstance(added, list):
+        found += [one.get("id") for one in added if isinstance(one, dict)]
+    if isinstance(decoder, dict):
+        found += [int(id[:20]) for id in decoder if id.isdecimal()]
+    largest = max((id for id in found if type(id) is int), default=0)
+    if largest >= MOST_TOKEN_IDS:
+        raise UserError(
+            f"{flag} {source} has the token ID {largest}, expected less than {MOST_TOKEN_IDS}: "
+            "fetch the tokenizer again"
+        )
+
+
+def _json_beside(source: str, name: str) -> dict[str, Any]:
+    """A file of a local tokenizer; {} if there is none to be read, which transformers tells."""
+    try:
+        found = json.loads((Path(source) / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _check_place(source: str, flag: str) -> None:
@@ -452,7 +485,7 @@ def _checkpoint_json(model_dir: str, name: str) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read as JSON ({first_line(error)}): fetch the checkpoint again"
         ) from None

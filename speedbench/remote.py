@@ -428,7 +428,7 @@ def _signature(info: Mapping[str, Any]) -> str:
 def _read_json(path: Path) -> dict[str, str]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -16,13 +16,13 @@ from speedbench import store
 from speedbench.config import RunConfig, from_dict
 from speedbench.configure import known_engine
 from speedbench.environment import redact
-from speedbench.sweep import Cell, Spec, engine_identity, identity, remembers, spec_of
+from speedbench.sweep import STORED, Cell, Spec, engine_identity, identity, remembers, spec_of
 from speedbench.types import UserError
 
 FORMAT = 1
 """Of sweep.json. 1: format, kind, spec, cells (name, runs, values, config), not_measured."""
 
-FILE = "sweep.json"
+FILE = STORED
 
 Kind = Literal["series", "sweep"]
 
@@ -130,22 +130,25 @@ def read(directory: Path) -> Kept | None:
             f"{path} has format {number}, this speedbench reads up to {FORMAT}: install a newer one"
         )
     try:
-        cells = tuple(_cell(cell) for cell in found["cells"])
+        cells = tuple(_cell(cell, str(path)) for cell in found["cells"])
         kind: Kind = "series" if found["kind"] == "series" else "sweep"
         return Kept(kind, spec_of(found["spec"], str(path)), cells, dict(found["not_measured"]))
     except KeyError as error:
         raise UserError(f"{path} lacks {error}: restore it from a copy") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not as speedbench wrote it ({error}): restore it from a copy"
         ) from None
 
 
-def _cell(stored: Mapping[str, Any]) -> Cell:
-    config = from_dict(stored["config"])
-    known_engine(config.engine)
+def _cell(stored: Mapping[str, Any], where: str) -> Cell:
+    config = from_dict(stored["config"], where)
+    try:
+        known_engine(config.engine)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     name = stored["name"]
-    if name != Path(name).name or name in ("", ".."):
+    if name != Path(name).name or name in ("", "..") or not name.isprintable():
         raise ValueError(f"the cell's name {name!r} is no directory's")
     return Cell(name, config, dict(stored["values"]))
 
@@ -172,7 +175,7 @@ def write(plan: Plan, not_measured: Mapping[str, str], kept: Kept | None = None)
         "kind": plan.kind,
         "spec": redact(plan.spec.model_dump(mode="json")),
         "cells": [_stored(plan, cell) for cell in (*plan.cells, *others)],
-        "not_measured": {**faults, **not_measured},
+        "not_measured": redact({**faults, **not_measured}),
     }
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
     temporary = plan.directory / f".{FILE}.tmp"
@@ -199,7 +202,7 @@ def refuse_other_runs(plan: Plan) -> None:
         directory = plan.directory / run.name
         if not (directory / "manifest.json").is_file():
             continue
-        stored = from_dict(store.read_manifest(directory)["config"])
+        stored = from_dict(store.read_manifest(directory)["config"], str(directory))
         wanted = from_dict(redact(run.cell.config.model_dump(mode="json")))
         for name, (was, now) in stored.differences(wanted).items():
             raise UserError(

@@ -15,14 +15,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from speedbench import datasets, draft_vocabulary, energy, environment, prompts, store
+from speedbench import (
+    arrivals,
+    chat,
+    datasets,
+    draft_vocabulary,
+    energy,
+    environment,
+    prompts,
+    server_counters,
+    server_metrics,
+    store,
+)
 from speedbench.config import RunConfig
 from speedbench.datasets import tokens
-from speedbench.loop import Loop, LoopEnd
+from speedbench.guardian import UNGUARDED, Guard
+from speedbench.loop import EndReason, Loop, LoopEnd, PromptFor
 from speedbench.replicas import ALONE, AgreedError, Replicas
 from speedbench.types import (
+    UNKNOWN,
     Conversation,
     ConversationRecord,
     Engine,
@@ -34,6 +47,7 @@ from speedbench.types import (
     Sampling,
     UserError,
 )
+from speedbench.watchdog import Watchdog
 
 STATUS = {"finished": "complete", "stopped": "partial"}
 """Status of a run by how its last session ended; failed otherwise."""
@@ -51,6 +65,7 @@ class Prepared:
                  the history is frozen; of the other shares' rows, too
     fingerprint  sha256 over those
     n_selected   category -> rows selected, of which `rows` are a share
+    is_chat      the prompts are sent as text, as messages, and fingerprinted as such
     """
 
     dataset: datasets.Dataset
@@ -61,6 +76,7 @@ class Prepared:
     all_turns: bool
     stop_token_ids: tuple[int, ...] = ()
     n_selected: Mapping[str, int] = field(default_factory=dict)
+    is_chat: bool = False
 
     @property
     def expected(self) -> Counter[str]:
@@ -101,7 +117,14 @@ def prepare(config: RunConfig) -> Prepared:
     hashed = {
         key: Prompt(ids, prompts.turn_sha256(key[0], key[1], ids)) for key, ids in encoded.items()
     }
-    share = rows[config.share]
+    if config.endpoint == "chat":
+        row_of = {row.id: row for row in rows}
+        earlier = replies if config.history == "frozen" else {}
+        hashed = {
+            (name, turn): chat.prompt(row_of[name], turn, earlier.get(name, ()), ids)
+            for (name, turn), ids in encoded.items()
+        }
+    share = _due_rows(rows[config.share], config)
     if not share:
         raise UserError(
             f"--shard {config.shard} of {len(rows)} rows is empty: use at most {len(rows)} shards"
@@ -115,7 +138,18 @@ def prepare(config: RunConfig) -> Prepared:
         config.history == "frozen" or all(row.n_turns == 1 for row in rows),
         encoder.eos_token_ids if encoder else (),
         Counter(row.category for row in rows),
+        config.endpoint == "chat",
     )
+
+
+def _due_rows(rows: Sequence[Conversation], config: RunConfig) -> tuple[Conversation, ...]:
+    """Of an open loop, those that come before --duration is over."""
+    if config.request_rate is None or config.duration is None:
+        return tuple(rows)
+    due = arrivals.due_ns(
+        config.request_rate, len(rows), config.arrivals, config.seed, config.duration
+    )
+    return tuple(rows[: len(due)])
 
 
 NOT_INPUT = frozenset(
@@ -124,7 +158,7 @@ NOT_INPUT = frozenset(
         "capture_experts", "engine_args", "speculative_algorithm", "draft_model_dir",
         "draft_length", "draft_sample_method", "block_size", "output_length", "temperature",
         "top_p", "top_k", "ignore_eos", "sampling_kwargs", "concurrency", "max_num_seqs", "warmup",
-        "max_duration", "save_dir", "show_progress",
+        "max_duration", "stall_timeout", "goodput", "save_dir", "show_progress",
     }
 )  # fmt: skip
 """Configuration fields that change nothing in what `prepare` makes."""
@@ -150,7 +184,7 @@ def _pretokenized(config: RunConfig, path: Path) -> Prepared:
     rows = datasets.select(found.dataset, config)
     kept = {(row.id, turn) for row in rows for turn in range(row.n_turns)}
     hashed = {key: prompt for key, prompt in found.prompts.items() if key in kept}
-    share = rows[config.share]
+    share = _due_rows(rows[config.share], config)
     if not share:
         raise UserError(f"--shard {config.shard} of {len(rows)} rows is empty: use fewer shards")
     return Prepared(
@@ -246,6 +280,8 @@ def _with_replies(
 @dataclass(slots=True)  # mutable: what a progress display reads while the run goes on
 class Progress:
     n_rows: int = 0
+    failed: Sequence[str] = ()
+    started_s: float = 0.0
     loop: Loop | None = None
 
 
@@ -321,6 +357,10 @@ class Place:
     devices: str | None = None
 
 
+def _exit(_outcome: Outcome) -> NoReturn:
+    os._exit(1)
+
+
 def measure(
     config: RunConfig,
     prepared: Prepared,
@@ -333,19 +373,24 @@ def measure(
     replicas: Replicas = ALONE,
     place: Place | None = None,
     fault: str = "",
+    guard: Guard = UNGUARDED,
+    abandon: Callable[[Outcome], NoReturn] = _exit,
 ) -> Outcome:
     """Measure what is not yet committed, into the target's directory.
 
     `stop` is asked between steps and returns why to stop. Raises UserError if nothing can be
-    measured or nothing more can be stored; what was committed stays. Among replicas each measures
-    every size-th row, and the outcome is of them all; one whose engine did not start (`engine` is
-    None, `fault` says why) takes part without measuring.
+    measured or nothing more can be stored; what was committed stays. `abandon` ends the process,
+    and is called in another thread, where the engine hangs and cannot be left. Among replicas each
+    measures every size-th row, and the outcome is of them all; one whose engine did not start
+    (`engine` is None, `fault` says why) takes part without measuring.
     """
     info = engine_info(engine, replicas)
     replicas.agree(lambda: _same_engine(info, target))
     rows, refused = replicas.agree(lambda: within_limit(config, prepared, info))
     rows = [row for row in rows if row.id not in target.done]
+    due = _arrivals(config, prepared, rows)
     rows = rows[replicas.rank :: replicas.size]
+    due = None if due is None else due[replicas.rank :: replicas.size]
     clock: Callable[[], int] = getattr(engine, "now_ns", time.monotonic_ns)
     machine = _one_machine(config, argv, replicas, place or Place())
     entry = _entry(engine, target, replicas, place or Place(), argv, clock)
@@ -369,20 +414,60 @@ def measure(
         if not replicas.is_first:
             lock = store.locked(target.directory, replicas.rank)
         replicas.agree(lambda: None if replicas.is_first else held.enter_context(lock))
-        share = _Share(config, prepared, info, target, replicas, rows, clock, stop)
-        ended = share.measured(engine, fault, progress)
-        all_ended = replicas.exchange(ended)
 
-        def finish() -> None:
-            if manifest is not None:
-                for one_entry, one in zip(entries, all_ended, strict=True):
-                    one_entry.update(one.entry)
-                manifest["status"] = _status(all_ended)
-                _write_end(target.directory, manifest, all_ended)
+        def concluded(ended: _Ended) -> list[_Ended]:
+            """How all replicas ended, once that is in the manifest."""
+            all_ended = replicas.exchange(ended)
 
-        replicas.agree(finish)
+            def finish() -> None:
+                if manifest is not None:
+                    for one_entry, one in zip(entries, all_ended, strict=True):
+                        one_entry.update(one.entry)
+                    manifest["status"] = _status(all_ended)
+                    _write_end(target.directory, manifest, all_ended)
+
+            replicas.agree(finish)
+            return all_ended
+
+        share = _Share(config, prepared, info, target, replicas, rows, clock, stop, guard, due)
+
+        def abandoned(ended: _Ended) -> None:
+            with contextlib.suppress(Exception):
+                concluded(ended)
+            abandon(_outcome([ended]))
+
+        ended: _Ended | None = None
+        try:
+            ended = share.measured(engine, fault, progress, abandoned)
+            all_ended = concluded(ended)
+        except BaseException as error:  # ended at once, by the user or a fault
+            if replicas.size == 1:
+                with contextlib.suppress(Exception):
+                    concluded(ended or share.cut(*_why_at_once(error, stop)))
+            raise
     _raise_not_stored(all_ended)
     return _outcome(all_ended)
+
+
+def _arrivals(
+    config: RunConfig, prepared: Prepared, rows: Sequence[Conversation]
+) -> list[int] | None:
+    """When each of these rows is due, ns after the first of them; None in a closed loop."""
+    if config.request_rate is None:
+        return None
+    every = arrivals.due_ns(
+        config.request_rate, len(prepared.rows), config.arrivals, config.seed, config.duration
+    )
+    due_of = {row.id: int(due) for row, due in zip(prepared.rows, every, strict=True)}
+    due = [due_of[row.id] for row in rows]
+    return [one - due[0] for one in due]
+
+
+def _why_at_once(error: BaseException, stop: Callable[[], str | None]) -> tuple[EndReason, str]:
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        return "stopped", f"{stop() or 'it was interrupted'}, at once"
+    what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return "crashed", what
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,6 +482,14 @@ class _Ended:
     not_stored: str = ""
 
 
+@dataclass(slots=True)  # mutable: what is going on, for whoever must end it from outside
+class _Going:
+    loop: Loop | None = None
+    writer: store.Writer | None = None
+    met_ns: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class _Share:
     """What one replica measures."""
@@ -409,17 +502,27 @@ class _Share:
     rows: Sequence[Conversation]
     clock: Callable[[], int]
     stop: Callable[[], str | None]
+    guard: Guard
+    arrivals: Sequence[int] | None
+    going: _Going = field(default_factory=_Going)
 
-    def measured(self, engine: Engine | None, fault: str, progress: Progress | None) -> _Ended:
+    def measured(
+        self,
+        engine: Engine | None,
+        fault: str,
+        progress: Progress | None,
+        abandoned: Callable[[_Ended], None],
+    ) -> _Ended:
         """Measure it, once all replicas are warm."""
         sampling = self.config.sampling(self.prepared.stop_token_ids)
+        reason: EndReason = "engine died"
         message = f"the engine did not start: {fault}"
         if engine is not None:
-            message = self._warmed(engine, sampling)
+            reason, message = self._warmed(engine, sampling, abandoned)
         if engine is None or message:
             self.replicas.meet()
             met_ns = self.clock()
-            return self._ended(LoopEnd("engine died", message, met_ns, met_ns, 0, 0, 0), met_ns)
+            return self._ended(LoopEnd(reason, message, met_ns, met_ns, 0, 0, 0), met_ns)
         sampler = energy.Sampler(
             self.target.directory,
             self.info,
@@ -427,18 +530,43 @@ class _Share:
             replica=self.replicas.rank,
             n_gpus=self.config.n_gpus,
         )
-        with sampler:  # it takes a moment to start: before the replicas meet
+        scraper = _scraper(self.config, self.target, self.replicas)
+        with sampler, scraper:  # they take a moment to start: before the replicas meet
             self.replicas.meet()
-            ended = self._looped(engine, sampling, self.clock(), progress)
-        return dataclasses.replace(ended, entry={**ended.entry, "energy": sampler.why_not})
+            ended = self._looped(engine, sampling, self.clock(), progress, abandoned)
+        entry = {**ended.entry, "energy": sampler.why_not}
+        if self.config.url is not None:
+            entry.update(_of_server(self.config, self.target, entry, scraper))
+            entry["client_busy"] = _client_busy(engine)
+        return dataclasses.replace(ended, entry=entry)
+
+    def cut(self, reason: EndReason, message: str) -> _Ended:
+        """How it ends where it is ended from outside: what was committed is stored."""
+        going, not_stored = self.going, ""
+        if going.writer is not None:
+            try:
+                going.writer.close()
+            except UserError as error:
+                not_stored = str(error)
+        now_ns = self.clock()
+        end = LoopEnd(reason, message, now_ns, now_ns, 0, 0, 0)
+        if going.loop is not None:
+            end = going.loop.cut(reason, message)
+        n_done = 0 if going.loop is None else going.loop.n_done
+        return self._ended(end, going.met_ns, None, n_done, len(going.failed), not_stored)
 
     def _looped(
-        self, engine: Engine, sampling: Sampling, met_ns: int, progress: Progress | None
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        met_ns: int,
+        progress: Progress | None,
+        abandoned: Callable[[_Ended], None],
     ) -> _Ended:
         before = engine.counters()
+        going, name = self.going, f"s{self.target.session}"
         writer = store.Writer(self.target.directory, self.target.session, self.replicas.rank)
-        failed: list[str] = []
-        name = f"s{self.target.session}"
+        stop = _first_of(_deadline(self.config.max_duration), lambda: _broken(writer), self.stop)
         loop = Loop(
             engine,
             _prompt_source(self.config, self.prepared, self.info),
@@ -446,43 +574,74 @@ class _Share:
             output_length=self.config.output_length,
             concurrency=self.config.concurrency,
             id_prefix=f"{name}-" if self.replicas.size == 1 else f"{name}r{self.replicas.rank}-",
-            commit=_noting_failures(writer, failed),
-            stop=_first_of(_deadline(self.config.max_duration), lambda: _broken(writer), self.stop),
+            commit=_noting_failures(writer, going.failed),
+            stop=_first_of(stop, lambda: watchdog.fault or None),
             clock=self.clock,
+            arrivals=self.arrivals,
         )
+        going.loop, going.writer, going.met_ns = loop, writer, met_ns
         if progress is not None:
-            progress.n_rows, progress.loop = len(self.rows), loop
-        try:
+            progress.n_rows, progress.failed = len(self.rows), going.failed
+            progress.started_s, progress.loop = time.monotonic(), loop
+        watchdog = self._watchdog(loop, stop, abandoned)
+        with watchdog:
             end = loop.run(self.rows)
-        except BaseException:  # ended at once by the user: keep what was committed
-            with contextlib.suppress(UserError):
-                writer.close()
-            raise
-        if end.reason == "engine died" and (why := self.stop()) is not None:
-            # A terminal's Ctrl-C reaches the engine's processes, too.
-            end = dataclasses.replace(end, reason="stopped", message=why)
-        if end.reason == "stopped" and loop.n_done == len(self.rows):
-            # The reason to stop came when nothing was left to stop.
-            end = dataclasses.replace(end, reason="finished", message="")
+        end = self._explained(end, watchdog, loop.n_done == len(self.rows))
         not_stored = ""
         try:
             writer.close()
         except UserError as error:
             not_stored = str(error)
         counted = _counted(engine, before)
-        return self._ended(end, met_ns, counted, loop.n_done, len(failed), not_stored)
+        n_failed = len(going.failed) + writer.n_spoilt
+        return self._ended(end, met_ns, counted, loop.n_done, n_failed, not_stored)
 
-    def _warmed(self, engine: Engine, sampling: Sampling) -> str:
+    def _watchdog(
+        self, loop: Loop, stop: Callable[[], str | None], abandoned: Callable[[_Ended], None]
+    ) -> Watchdog:
+        """One that ends the run in our name if the engine cannot be left."""
+        replica = f"-r{self.replicas.rank}" if self.replicas.rank else ""
+        return Watchdog(
+            loop,
+            self.config.stall_timeout,
+            stacks=self.target.directory / "stalls" / f"{self.target.session:05d}{replica}.txt",
+            stop=stop,
+            abandon=lambda dog: abandoned(self.cut(_fault_of(dog), dog.fault)),
+            guard=self.guard,
+        )
+
+    def _explained(self, end: LoopEnd, watchdog: Watchdog, is_all_done: bool) -> LoopEnd:
+        """The end by its cause, which is not always what the loop saw."""
+        if end.reason == "stopped" and is_all_done:
+            # The reason to stop came when nothing was left to stop.
+            return dataclasses.replace(end, reason="finished", message="")
+        if watchdog.fault and end.reason != "finished":
+            return dataclasses.replace(end, reason=_fault_of(watchdog), message=watchdog.fault)
+        if end.reason == "engine died" and (why := self.stop()) is not None:
+            # A terminal's Ctrl-C reaches the engine's processes, too.
+            return dataclasses.replace(end, reason="stopped", message=why)
+        return end
+
+    def _warmed(
+        self, engine: Engine, sampling: Sampling, abandoned: Callable[[_Ended], None]
+    ) -> tuple[EndReason, str]:
         """Warm the engine up; why it can measure nothing now, or ''. The other replicas wait."""
+        loop = _warm_up_loop(self.config, self.prepared, engine, sampling, self.clock, self.stop)
+        watchdog = self._watchdog(loop, self.stop, abandoned)
         try:
-            _warm_up(self.config, self.prepared, engine, sampling, self.clock, self.stop)
+            with watchdog:
+                end = loop.run(_warm_up_rows(self.config, self.prepared, engine))
+            if end.reason == "finished":
+                engine.forget()
         except Exception as error:
             if self.replicas.size == 1 and isinstance(error, UserError):
                 raise
             told = isinstance(error, (UserError, EngineDiedError))
             what = str(error) if told else f"{type(error).__name__}: {error}"
-            return f"the engine did not outlive its warm-up: {what}"
-        return ""
+            return "engine died", f"the engine did not outlive its warm-up: {what}"
+        if watchdog.fault:
+            return _fault_of(watchdog), f"in the warm-up, {watchdog.fault}"
+        return "finished", ""
 
     def _ended(
         self,
@@ -505,6 +664,61 @@ class _Share:
             "counters": None if counted is None else dataclasses.asdict(counted),
         }
         return _Ended(end, len(self.rows), n_committed, n_failed, entry, not_stored)
+
+
+def _scraper(config: RunConfig, target: Target, replicas: Replicas) -> server_metrics.Scraper:
+    """What reads the server's metrics beside the measurement; nothing where there is no server."""
+    why_not = "there is no server" if config.url is None else ""
+    if config.no_server_metrics:
+        why_not = "--no_server_metrics was given"
+    elif replicas.size > 1:
+        why_not = "several replicas ask one server, and its counters cannot tell them apart"
+    return server_metrics.Scraper(
+        target.directory,
+        server=config.url or "",
+        addresses=server_metrics.addresses_of(config.metrics_url),
+        session=target.session,
+        why_not=why_not,
+    )
+
+
+def _client_busy(engine: Engine) -> float | None:
+    """Part of its busiest second that the process which asked the server computed."""
+    busy: Callable[[], float | None] = getattr(engine, "client_busy", lambda: None)
+    try:
+        return busy()
+    except Exception:  # noqa: BLE001 - of a dead engine: what was measured must be described
+        return None
+
+
+def _of_server(
+    config: RunConfig,
+    target: Target,
+    entry: Mapping[str, Any],
+    scraper: server_metrics.Scraper,
+) -> Mapping[str, Any]:
+    """What the server's own counters say of this session, for its entry in the manifest: they are
+    kept as every engine's are, where they are of this session alone."""
+    told = {"sources": list(scraper.sources), "why_not": scraper.why_not}
+    whole = {**entry, "session": target.session, "server_metrics": told}
+    try:
+        reading = server_counters.of_session(
+            target.directory, config.model_dump(mode="json"), whole
+        )
+    except Exception as error:  # noqa: BLE001 - what was measured must still be described
+        return {
+            "server_metrics": told,
+            "counters": None,
+            "why_no_counters": f"they cannot be read ({error})",
+        }
+    counters = None if reading.counters is None else dataclasses.asdict(reading.counters)
+    why = reading.why_not or reading.why_no_al
+    return {
+        "server_metrics": told,
+        "counters": counters,
+        "why_no_counters": why,
+        "served_others": reading.served_others,
+    }
 
 
 def _counted(engine: Engine, before: EngineCounters | None) -> EngineCounters | None:
@@ -620,7 +834,7 @@ def _raise_not_stored(all_ended: Sequence[_Ended]) -> None:
 
 def _outcome(all_ended: Sequence[_Ended]) -> Outcome:
     """Of all replicas; the end is that of the first of those that fared worst."""
-    order = ("crashed", "engine died", "stopped", "finished")
+    order = ("crashed", "engine died", "stalled", "stopped", "finished")
     rank = min(range(len(all_ended)), key=lambda r: order.index(all_ended[r].end.reason))
     end = all_ended[rank].end
     if len(all_ended) > 1 and end.message:
@@ -650,7 +864,7 @@ def _same_engine(info: EngineInfo, target: Target) -> None:
     was = target.manifest.get("engine")
     if was is None:
         return
-    now = _plain(dataclasses.asdict(info))
+    now = environment.redact(_plain(dataclasses.asdict(info)))  # as it was stored
     for name, value in now.items():
         if name in was and was[name] != value:  # an older format does not tell them all
             raise UserError(
@@ -721,12 +935,10 @@ def _unfit(prompt: Prompt, output_length: int, info: EngineInfo) -> str:
     return ""
 
 
-def _prompt_source(
-    config: RunConfig, prepared: Prepared, info: EngineInfo
-) -> Callable[[Conversation, int, Sequence[Sequence[int]]], Prompt]:
+def _prompt_source(config: RunConfig, prepared: Prepared, info: EngineInfo) -> PromptFor:
     """First (or frozen) turns from memory; a live later turn is encoded when it is asked for."""
 
-    def prompt_for(row: Conversation, turn: int, replies: Sequence[Sequence[int]]) -> Prompt:
+    def prompt_for(row: Conversation, turn: int, replies: Sequence[Sequence[int] | str]) -> Prompt:
         try:
             prompt = prompt_of(prepared, row, turn, replies)
         except UserError as refusal:  # a template that does not take this turn
@@ -739,29 +951,36 @@ def _prompt_source(
 
 
 def prompt_of(
-    prepared: Prepared, row: Conversation, turn: int, replies: Sequence[Sequence[int]]
+    prepared: Prepared, row: Conversation, turn: int, replies: Sequence[Sequence[int] | str]
 ) -> Prompt:
-    """The prompt of a turn, given the token IDs of the earlier replies."""
+    """The prompt of a turn, given the earlier replies: token IDs, or the text of a chat. Raises
+    UserError for a turn that cannot be asked."""
     known = prepared.prompts.get((row.id, turn))
     if known is not None:
         return known
     if row.token_turns or prepared.encoder is None:
         ids = list(row.token_turns[turn])
     else:
-        ids = prepared.encoder.encode_turn(row, turn, replies)
+        texts = [_reply_text(reply, prepared.encoder) for reply in replies]
+        ids = prepared.encoder.encode_turn_from_text(row, turn, texts)
+        if prepared.is_chat:
+            return chat.prompt(row, turn, texts, ids)
     return Prompt(ids, prompts.turn_sha256(row.id, turn, ids))
 
 
-def _warm_up(
-    config: RunConfig,
-    prepared: Prepared,
-    engine: Engine,
-    sampling: Sampling,
-    clock: Callable[[], int],
-    stop: Callable[[], str | None],
-) -> None:
-    """Requests that are not measured: first prompts backwards, and what the engine learned from
-    them is dropped, so that no cache or n-gram table holds anything of use."""
+def _reply_text(reply: Sequence[int] | str, encoder: prompts.PromptEncoder) -> str:
+    if isinstance(reply, str):
+        return reply
+    if UNKNOWN in reply:
+        raise UserError(
+            "the server tells no token IDs, so what it replied cannot become history: use "
+            "--history frozen, or --endpoint chat"
+        )
+    return encoder.reply_text(reply)
+
+
+def _warm_up_rows(config: RunConfig, prepared: Prepared, engine: Engine) -> list[Conversation]:
+    """First prompts backwards, so that no cache or n-gram table holds anything of use."""
     firsts = [prepared.prompts[row.id, 0].token_ids for row in prepared.rows]
     rows = [
         Conversation(
@@ -769,22 +988,44 @@ def _warm_up(
         )
         for i in range(config.n_warmup)
     ]
-    info = engine.describe()
-    output_length = min(config.output_length, WARMUP_TOKENS)
-    rows = [r for r in rows if not _unfit(Prompt(r.token_turns[0], ""), output_length, info)]
-    end = Loop(
+    info, output_length = engine.describe(), min(config.output_length, WARMUP_TOKENS)
+    return [r for r in rows if not _unfit(Prompt(r.token_turns[0], ""), output_length, info)]
+
+
+def _warm_up_messages(prepared: Prepared, row: Conversation) -> tuple[tuple[str, str], ...]:
+    if not prepared.is_chat:
+        return ()
+    of = prepared.rows[int(row.id.rpartition("-")[2]) % len(prepared.rows)]
+    return (("user", " ".join(reversed(of.turns[0].split()))),)
+
+
+def _warm_up_loop(
+    config: RunConfig,
+    prepared: Prepared,
+    engine: Engine,
+    sampling: Sampling,
+    clock: Callable[[], int],
+    stop: Callable[[], str | None],
+) -> Loop:
+    """For requests that are not measured; what the engine learned from them is to be dropped."""
+    return Loop(
         engine,
-        lambda row, turn, _replies: Prompt(row.token_turns[turn], ""),
+        lambda row, turn, _replies: Prompt(
+            row.token_turns[turn], "", _warm_up_messages(prepared, row)
+        ),
         dataclasses.replace(sampling, stop_token_ids=()),
-        output_length=output_length,
+        output_length=min(config.output_length, WARMUP_TOKENS),
         concurrency=config.concurrency,
         id_prefix="w-",
         commit=lambda _record: None,
         stop=stop,
         clock=clock,
-    ).run(rows)
-    if end.reason == "finished":
-        engine.forget()
+    )
+
+
+def _fault_of(watchdog: Watchdog) -> EndReason:
+    """Silence is a stall, or the end that was asked for; all else is an engine of no use."""
+    return "stalled" if watchdog.stalled else "stopped" if watchdog.silenced else "engine died"
 
 
 def _noting_failures(

@@ -6,6 +6,9 @@ Format history
      NNNNN-rR.parquet; experts/ beside steps/, only where routed experts were asked for
   3  two optional things: draft_vocabulary.parquet (what a pruned drafter can draft) and energy/
      (what each GPU drew, sampled while the session went on)
+  4  three optional things: stalls/ (what the processes of an engine that fell silent were doing),
+     served/ beside steps/ (what a server told of each request) and
+     server_metrics/ (what the server's /metrics said while the session went on)
 """
 
 from __future__ import annotations
@@ -14,24 +17,42 @@ import contextlib
 import fcntl
 import json
 import os
+import pwd
 import queue
+import tempfile
 import threading
 import time
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from speedbench.columns import Columns, Ints
-from speedbench.types import UNKNOWN, ConversationRecord, RoutedExperts, TurnRecord, UserError
+from speedbench import manifest as manifests
+from speedbench import part
+from speedbench.columns import Columns, Ints, Told
+from speedbench.environment import redact, redact_text
+from speedbench.steps import Steps
+from speedbench.types import (
+    UNKNOWN,
+    ConversationRecord,
+    FinishReason,
+    RoutedExperts,
+    ToldAcceptance,
+    TurnRecord,
+    UserError,
+)
 
-FORMAT = 3
+FORMAT = 4
 FAILED = ("error", "refused")
+LOOKUP = ("NGRAM", "SUFFIX")
+"""Algorithms that draft what was found, fewer than K tokens or none."""
 
 TURNS = pa.schema(
     [
@@ -63,6 +84,13 @@ STEPS = pa.schema(
         ("drafted", pa.int32()),
     ]
 )
+CODED_STEPS = STEPS.set(0, pa.field("request_id", pa.dictionary(pa.int32(), pa.string())))
+"""Steps as they are read: their request's id 10 million times is hundreds of megabytes of text."""
+OF_STEPS = pa.schema(
+    CODED_STEPS.field(name)
+    for name in ("request_id", "step", "time_ns", "engine_steps", "n_tokens", "accepted", "drafted")
+)
+"""What is kept of them: the rest follows from the request."""
 EXPERTS = pa.schema(
     [
         ("request_id", pa.string()),
@@ -72,6 +100,23 @@ EXPERTS = pa.schema(
         ("n_layers", pa.int32()),
         ("top_k", pa.int32()),
         ("expert_ids", pa.binary()),  # int16, little-endian: (n_tokens, n_layers, top_k)
+    ]
+)
+SERVED = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("session", pa.int32()),
+        ("replica", pa.int32()),
+        ("sent_ns", pa.int64()),
+        ("new_connection", pa.bool_()),
+        ("prompt_proof", pa.string()),
+        ("n_prompt_tokens", pa.int32()),  # as the server counts; null: not told
+        ("n_cached_tokens", pa.int32()),
+        ("acceptance_source", pa.string()),  # null: nothing told, and so below
+        ("histogram", pa.list_(pa.int32())),  # [j]: verifications that accepted j, uncut
+        ("n_drafted", pa.int32()),
+        ("accepted", pa.list_(pa.int32())),  # of each verification in order, where told
+        ("drafted", pa.list_(pa.int32())),
     ]
 )
 ENERGY = pa.schema(
@@ -93,11 +138,69 @@ ENERGY = pa.schema(
     ]
 )
 """One row per sample and GPU; null where NVML does not tell."""
+SERVER_METRICS = pa.schema(
+    [
+        ("time_ns", pa.int64()),  # monotonic, when it was asked for: the clock of the steps
+        ("took_ns", pa.int64()),
+        ("session", pa.int32()),
+        ("source", pa.int32()),  # which of the addresses that the session's manifest entry names
+        ("name", pa.string()),
+        ("labels", pa.string()),  # a JSON object, sorted by name
+        ("kind", pa.string()),  # counter, gauge, histogram, summary or untyped
+        ("value", pa.float64()),
+    ]
+)
+"""One row per scrape and series; a scrape that failed is `up` = 0 alone, its error a label. Only
+the scrapes before and after the requests hold the buckets of histograms."""
+_ORIGIN = {"session": 0, "replica": 0}
+_MOST_ORIGIN = {"session": part.MOST, "replica": part.MOST}
+LIMITS: Mapping[str, part.Limits] = {
+    "turns": part.Limits(
+        {**_ORIGIN, "turn": 0, "n_prompt_tokens": 0, "submitted_ns": UNKNOWN},
+        {**_MOST_ORIGIN, "turn": part.MOST},
+        ("replica", "error"),  # format 1 has no replica
+    ),
+    "steps": part.Limits(
+        {
+            **_ORIGIN, "turn": 0, "step": 0, "engine_steps": 0, "n_tokens": 0,
+            "accepted": UNKNOWN, "drafted": UNKNOWN,
+        },
+        {
+            **_MOST_ORIGIN, "turn": part.MOST, "engine_steps": part.MOST, "n_tokens": part.MOST,
+            "accepted": part.MOST, "drafted": part.MOST,
+        },
+        ("replica",),
+    ),
+    "experts": part.Limits({**_ORIGIN, "n_tokens": 0, "n_layers": 0, "top_k": 0}, _MOST_ORIGIN),
+    "served": part.Limits(
+        {**_ORIGIN, "sent_ns": 0, "n_prompt_tokens": 0, "n_cached_tokens": 0, "n_drafted": 0},
+        _MOST_ORIGIN,
+        tuple(set(SERVED.names) - {"request_id", "session", "replica", "sent_ns"}),
+    ),
+    "energy": part.Limits(
+        {**_ORIGIN, "time_ns": 0, "gpu": 0, "energy_mj": 0, "power_mw": 0},
+        {**_MOST_ORIGIN, "gpu": part.MOST},
+        tuple(set(ENERGY.names) - {"time_ns", "session", "replica", "gpu"}),
+    ),
+    "server_metrics": part.Limits(
+        {"session": 0, "time_ns": 0, "took_ns": 0, "source": 0}, {"session": part.MOST}
+    ),
+}  # fmt: skip
+"""What the parts of each folder can hold."""
+
 DRAFT_VOCABULARY = pa.schema([("token_id", pa.int32())])
 DRAFT_VOCABULARY_FILE = "draft_vocabulary.parquet"
-FOLDERS = ("turns", "steps", "experts", "energy")
+MOST_TOKENS = 1 << 24
+"""Of a vocabulary: what is larger is no size of one."""
+FOLDERS = ("turns", "steps", "experts", "served", "energy", "server_metrics")
+OPTIONAL = ("experts", "served")
+"""Folders of records that only some runs have."""
 SKELETON = (".lock", ".manifest.json", ".sweep.json")
 """How the names begin of what a run, or a folder of runs, that ended before it began may leave."""
+
+
+PROBE_BYTES = 1 << 16
+"""What must fit where a run is to be written: its manifest and a first part."""
 
 
 # ---------------------------------------------------------------- writing
@@ -147,16 +250,52 @@ def locked(directory: Path, replica: int = 0) -> Iterator[None]:
             f"{directory} is not there on {os.uname().nodename}: name a --save_dir that every host "
             "sees"
         )
-    with (directory / name).open("a+") as handle:
+    with _lock_file(directory / name) as handle:
         _lock(handle, directory)
         handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+        handle.write(f"process {os.getpid()} of {_user()} on {os.uname().nodename}")
         handle.flush()
         if replica == 0:
             for path in directory.glob(".lock-r*"):
-                with path.open("a+") as other:
+                with _lock_file(path) as other:
                     _lock(other, directory)
         yield
+
+
+def _lock_file(path: Path) -> IO[str]:
+    """Whatever it holds, an owner's name or bytes of a damaged disk, it can be read and locked."""
+    try:
+        return path.open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be opened ({error.strerror}): mend that, or choose another --save_dir"
+        ) from None
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container may have no name for it
+        return f"user {os.getuid()}"
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Before an engine is started, which takes minutes: raise UserError if a run could not be
+    written there, or another process is writing it. Leaves nothing behind."""
+    nearest = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be written ({error.strerror}): mend that, or choose another "
+            "--save_dir"
+        ) from None
+    for path in sorted(directory.glob(".lock*")):
+        with path.open("a+") as handle:
+            _lock(handle, directory)
 
 
 def _lock(handle: IO[str], directory: Path) -> None:
@@ -164,7 +303,7 @@ def _lock(handle: IO[str], directory: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         handle.seek(0)
-        owner = handle.read().strip() or "another process"
+        owner = handle.read(200).strip() or "another process"
         raise UserError(
             f"{directory} is being written by {owner}: wait for it or choose another --save_dir"
         ) from None
@@ -176,8 +315,9 @@ def _lock(handle: IO[str], directory: Path) -> None:
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Replace manifest.json in one step: readers see the old or the new one, never half."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+    """Replace manifest.json in one step: readers see the old or the new one, never half. No secret
+    gets there, wherever in the manifest it stands."""
+    text = json.dumps(redact(manifest), indent=1, ensure_ascii=False, allow_nan=False)
     with _replacing(directory / "manifest.json") as path:
         path.write_text(text + "\n", encoding="utf-8")
 
@@ -195,6 +335,14 @@ def _replacing(target: Path) -> Iterator[Path]:
         os.fsync(parent)
     finally:
         os.close(parent)
+
+
+PART_STEPS = 1_000_000
+"""So many steps are written without waiting for the time to come: what waits takes memory."""
+
+AT_ONCE_STEPS = 16_384
+"""Steps made into a table at once: each of the calls this takes holds the interpreter, and with it
+the loop, for a tenth of a millisecond."""
 
 
 class Writer:
@@ -216,6 +364,8 @@ class Writer:
         self._queue: queue.SimpleQueue[ConversationRecord | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._unwritten: list[ConversationRecord] = []
+        self.n_spoilt = 0
+        self._is_at = _identity(directory)
         self._thread = threading.Thread(target=self._work, name="speedbench-writer", daemon=True)
         self._thread.start()
 
@@ -252,12 +402,13 @@ class Writer:
                 waiting.append(record)
         for record in waiting:
             try:
-                self._write_part([record])
+                self._write([record])
             except Exception:  # noqa: BLE001 - counted, and told by close()
                 self._unwritten.append(record)
 
     def _work(self) -> None:
         pending: list[ConversationRecord] = []
+        n_steps = 0
         due_s: float | None = None
         while True:
             try:
@@ -265,18 +416,20 @@ class Writer:
                 record = self._queue.get(timeout=wait_s)
                 if record is not None:
                     pending.append(record)
+                    n_steps += sum(len(turn.steps) for turn in record.turns)
                     if due_s is None:
                         due_s = time.monotonic() + self._interval()
-                    continue
+                    if n_steps < PART_STEPS:
+                        continue
             except queue.Empty:
                 record = pending[0]
             if pending:
                 try:
-                    self._write_part(pending)
+                    self._write(pending)
                 except Exception as error:  # noqa: BLE001 - handed to the loop, which stops
                     self._failure, self._unwritten = error, pending
                     return
-            pending, due_s = [], None
+            pending, n_steps, due_s = [], 0, None
             if record is None:
                 return
 
@@ -286,22 +439,64 @@ class Writer:
             return self._interval_s
         return max(1.0, min(60.0, (time.monotonic() - self._started_s) / 60))
 
+    def _write(self, records: Sequence[ConversationRecord]) -> None:
+        """One part. What an engine gave in place of numbers is stored as that turn's failure."""
+        if _identity(self._directory) != self._is_at:
+            raise OSError(f"{self._directory} is no longer the directory that the run began in")
+        try:
+            self._write_part(records)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):  # not of the disk
+            sound = [_sound(record) for record in records]
+            self.n_spoilt += sum(a is not b for a, b in zip(records, sound, strict=True))
+            self._write_part(sound)
+
     def _write_part(self, records: Sequence[ConversationRecord]) -> None:
         name = f"{self._next_part:05d}{_suffix(self._origin.replica)}.parquet"
-        turns = [(record, turn) for record in records for turn in record.turns]
+        turns = [turn for record in records for turn in record.turns]
         tables = {
-            "experts": _experts_table([turn for _, turn in turns], self._origin),
-            "steps": _steps_table([turn for _, turn in turns], self._origin),
-            "turns": _turns_table(turns, self._origin),
+            "experts": _experts_table(turns, self._origin),
+            "served": _served_table(turns, self._origin),
+            "steps": pa.concat_tables(
+                [_steps_table(some, self._origin) for some in _in_small_numbers(turns)]
+            ),
+            "turns": _turns_table(records, turns, self._origin),
         }
         for folder, table in tables.items():
-            if folder == "experts" and not table.num_rows:
+            if folder in OPTIONAL and not table.num_rows:
                 continue
             # Empty folders are lost where a run is copied, or fetched from an object store.
             (self._directory / folder).mkdir(exist_ok=True)
             with _replacing(self._directory / folder / name) as path:
-                pq.write_table(table, path, compression="zstd")
+                pq.write_table(table, path, compression="zstd", write_page_checksum=True)
         self._next_part += 1
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Which directory a path leads to: where a mount vanished, it is another one, or none."""
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _sound(record: ConversationRecord) -> ConversationRecord:
+    """The record; its turns with something else where numbers must be become failures."""
+    turns = tuple(_sound_turn(turn) for turn in record.turns)
+    same = all(a is b for a, b in zip(turns, record.turns, strict=True))
+    return record if same else replace(record, turns=turns)
+
+
+def _sound_turn(turn: TurnRecord) -> TurnRecord:
+    origin = _Origin(0, 0)
+    try:
+        _steps_table([turn], origin)
+        _turns_table([ConversationRecord("", "", (turn,))], [turn], origin)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        sentence = f"what the engine gave cannot be stored as numbers ({told})"
+        return replace(turn, finish_reason="error", error=sentence, steps=())
+    return turn
 
 
 class _Origin(NamedTuple):
@@ -335,65 +530,135 @@ def _experts_table(turns: Sequence[TurnRecord], origin: _Origin) -> pa.Table:
     )
 
 
-def _turns_table(
-    turns: Sequence[tuple[ConversationRecord, TurnRecord]], origin: _Origin
-) -> pa.Table:
+def _served_table(turns: Sequence[TurnRecord], origin: _Origin) -> pa.Table:
     return pa.Table.from_pylist(
         [
             {
                 "request_id": turn.request_id,
                 "session": origin.session,
                 "replica": origin.replica,
-                "conversation_id": record.conversation_id,
-                "category": record.category,
-                "turn": turn.turn,
-                "n_prompt_tokens": turn.n_prompt_tokens,
-                "prompt_sha256": turn.prompt_sha256,
-                "submitted_ns": turn.submitted_ns,
-                "finish_reason": turn.finish_reason,
-                "error": turn.error,
-                "output_token_ids": turn.output_token_ids(),
+                "sent_ns": found.sent_ns,
+                "new_connection": found.new_connection,
+                "prompt_proof": found.prompt_proof,
+                "n_prompt_tokens": found.n_prompt_tokens,
+                "n_cached_tokens": found.n_cached_tokens,
+                **_told(found.acceptance),
             }
-            for record, turn in turns
+            for turn in turns
+            if turn.steps and (found := turn.steps[-1].served) is not None
         ],
-        schema=TURNS,
+        schema=SERVED,
     )
 
 
-def _steps_table(turns: Sequence[TurnRecord], origin: _Origin) -> pa.Table:
-    steps = [step for turn in turns for step in turn.steps]
-    detail = [pair for turn in turns for pair in _acceptance(turn)]
+def _told(acceptance: ToldAcceptance | None) -> dict[str, Any]:
+    if acceptance is None:
+        return {}
+    return {
+        "acceptance_source": acceptance.source,
+        "histogram": acceptance.histogram,
+        "n_drafted": acceptance.n_drafted,
+        "accepted": acceptance.accepted or None,
+        "drafted": acceptance.drafted or None,
+    }
+
+
+def _turns_table(
+    records: Sequence[ConversationRecord], turns: Sequence[TurnRecord], origin: _Origin
+) -> pa.Table:
+    """`turns` are those of the records, in order."""
+    token_ids = [_kept(turn).token_ids for turn in turns]
     columns: dict[str, Any] = {
-        "request_id": [turn.request_id for turn in turns for _ in turn.steps],
-        "session": np.full(len(steps), origin.session, np.int32),
-        "replica": np.full(len(steps), origin.replica, np.int32),
-        "turn": [turn.turn for turn in turns for _ in turn.steps],
-        "step": [index for turn in turns for index in range(len(turn.steps))],
-        "time_ns": [step.time_ns for step in steps],
-        "engine_steps": [step.engine_steps for step in steps],
-        "n_tokens": [len(step.token_ids) for step in steps],
-        "accepted": [accepted for accepted, _ in detail],
-        "drafted": [drafted for _, drafted in detail],
+        "request_id": [turn.request_id for turn in turns],
+        "session": np.full(len(turns), origin.session, np.int32),
+        "replica": np.full(len(turns), origin.replica, np.int32),
+        "conversation_id": [record.conversation_id for record in records for _ in record.turns],
+        "category": [record.category for record in records for _ in record.turns],
+        "turn": [turn.turn for turn in turns],
+        "n_prompt_tokens": [turn.n_prompt_tokens for turn in turns],
+        "prompt_sha256": [turn.prompt_sha256 for turn in turns],
+        "submitted_ns": [turn.submitted_ns for turn in turns],
+        "finish_reason": [turn.finish_reason for turn in turns],
+        "error": [None if t.error is None else redact_text(t.error) for t in turns],
+        "output_token_ids": pa.ListArray.from_arrays(
+            np.append(0, np.cumsum([len(ids) for ids in token_ids])).astype(np.int32),
+            np.frombuffer(b"".join(token_ids), np.int32),
+        ),
+    }
+    return pa.table(columns, schema=TURNS)
+
+
+ROWS = np.dtype(
+    [
+        ("time_ns", "<i8"),
+        ("n_tokens", "<i4"),
+        ("engine_steps", "<i4"),
+        ("accepted", "<i4"),
+        ("drafted", "<i4"),
+    ]
+)
+"""A row of `Steps`."""
+
+
+def _in_small_numbers(turns: Sequence[TurnRecord]) -> Iterator[Sequence[TurnRecord]]:
+    """The turns in order, in groups of about AT_ONCE_STEPS steps; one group at least."""
+    group: list[TurnRecord] = []
+    n_steps = 0
+    for turn in turns:
+        if group and n_steps + len(turn.steps) > AT_ONCE_STEPS:
+            yield group
+            group, n_steps = [], 0
+        group.append(turn)
+        n_steps += len(turn.steps)
+    yield group
+
+
+def _steps_table(turns: Sequence[TurnRecord], origin: _Origin) -> pa.Table:
+    """One row per step, from rows put end to end: this runs beside the loop, and whatever makes an
+    object per step holds up the poll."""
+    steps = [_kept(turn) for turn in turns]
+    n_steps = np.array([len(of) for of in steps], np.int64)
+    first = np.append(0, n_steps.cumsum())
+    of_turn = np.repeat(np.arange(len(turns)), n_steps)
+    rows = np.frombuffer(bytearray(b"".join(of.rows for of in steps)), ROWS)
+    for of, start, end in zip(steps, first, first[1:], strict=False):
+        _replace_by_what_was_told_last(rows[start:end], of)
+    columns: dict[str, Any] = {
+        "request_id": pa.array([t.request_id for t in turns], pa.string()).take(pa.array(of_turn)),
+        "session": np.full(len(rows), origin.session, np.int32),
+        "replica": np.full(len(rows), origin.replica, np.int32),
+        "turn": np.array([turn.turn for turn in turns], np.int32)[of_turn],
+        "step": (np.arange(len(rows)) - first[of_turn]).astype(np.int32),
+        **{name: np.ascontiguousarray(rows[name]) for name in ROWS.names or ()},
     }
     return pa.table(columns, schema=STEPS)
 
 
-def _acceptance(turn: TurnRecord) -> Sequence[tuple[int, int]]:
-    """(accepted, drafted) of every step of a turn, UNKNOWN where the engine did not tell."""
-    if turn.steps and turn.steps[-1].detail is not None:
-        detail = turn.steps[-1].detail
-        if len(detail) != len(turn.steps):
-            raise ValueError(
-                f"{turn.request_id}: {len(detail)} details for {len(turn.steps)} steps"
-            )
-        return detail
-    return [
-        (
-            UNKNOWN if step.accepted is None else step.accepted,
-            UNKNOWN if step.drafted is None else step.drafted,
-        )
-        for step in turn.steps
-    ]
+def _kept(turn: TurnRecord) -> Steps:
+    steps = turn.steps
+    return steps if isinstance(steps, Steps) else Steps(turn.request_id, steps)
+
+
+def _replace_by_what_was_told_last(rows: np.ndarray[Any, Any], steps: Steps) -> None:
+    """Acceptance and engine steps of every event of a turn, where they are told as it ends.
+
+    An array refuses what is no integer; numpy would cut a fraction off.
+    """
+    last = steps.last
+    if last is None:
+        return
+    if last.merged is not None:
+        _refuse_other_length("counts", last.merged, steps)
+        rows["engine_steps"] = array("i", last.merged)
+    if last.detail is not None:
+        _refuse_other_length("details", last.detail, steps)
+        rows["accepted"] = array("i", [accepted for accepted, _ in last.detail])
+        rows["drafted"] = array("i", [drafted for _, drafted in last.detail])
+
+
+def _refuse_other_length(what: str, told: Sequence[object], steps: Steps) -> None:
+    if len(told) != len(steps):
+        raise ValueError(f"{steps.request_id}: {len(told)} {what} for {len(steps)} steps")
 
 
 def _last_part(directory: Path, replica: int, folder: str = "turns") -> int:
@@ -414,6 +679,8 @@ class Run:
     used        row numbers of `turns` that `columns` holds, in its order: (R,)
     n_retried   failed conversations that a later session asked again
     damage      sentences about parts that could not be read
+    computed    what was computed of this very run, by name, so that it is computed once: a report
+                asks for some of it six times. `dataclasses.replace` begins with none
     """
 
     directory: Path
@@ -423,20 +690,14 @@ class Run:
     columns: Columns
     n_retried: int
     damage: tuple[str, ...]
-
-
-SECTIONS = {
-    "status": str, "config": dict, "engine": dict, "dataset": dict, "prompts": dict,
-    "environment": dict, "sessions": list,
-}  # fmt: skip
-"""What every manifest holds, whatever else."""
+    computed: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def read_manifest(directory: Path, name: str = "manifest.json") -> dict[str, Any]:
     """The manifest of a stored run. Raises UserError if there is none that can be read."""
     path = directory / name
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = manifests.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{directory} is no run directory (it has no manifest.json): name the --save_dir of "
@@ -445,18 +706,13 @@ def read_manifest(directory: Path, name: str = "manifest.json") -> dict[str, Any
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it from a copy") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(found, int) or not isinstance(manifest, dict):
+    if type(found) is not int or found < 1 or not isinstance(manifest, dict):
         raise UserError(f"{path} is no speedbench manifest: it lacks a format number")
     if found > FORMAT:
         raise UserError(
             f"{path} has format {found}, this speedbench reads up to {FORMAT}: install a newer one"
         )
-    for section, kind in SECTIONS.items():
-        if not isinstance(manifest.get(section), kind):
-            raise UserError(
-                f"{path} is no manifest of a run: its '{section}' is missing or no "
-                f"{kind.__name__}; restore it from a copy"
-            )
+    manifests.refuse_damaged(manifest, str(path))
     return manifest
 
 
@@ -482,8 +738,19 @@ def load(directory: Path | str) -> Run:
     """Read a run directory whole. Raises UserError if it is none; damage is told, not raised."""
     directory = Path(directory)
     manifest = read_manifest(directory)
-    turns, steps, damage = _read_tables(directory)
-    return _assembled(directory, manifest, turns, steps, damage)
+    run = _assembled(directory, manifest, *_read_tables(directory))
+    # What reading took is as much again as what it made, and the pool would keep it.
+    pa.default_memory_pool().release_unused()
+    return run
+
+
+def load_new(directory: Path, manifest: Mapping[str, Any], seen: set[str]) -> Run:
+    """The parts of a run that are not named in `seen`; afterwards they are. For who follows a run
+    while it is written: conversations are whole in what this gives, the run is not."""
+    new = [path for path in _parts_of(directory, "turns") if path.name not in seen]
+    names = {path.name for path in new}
+    seen |= names
+    return _assembled(directory, manifest, *_read_tables(directory, names), names)
 
 
 def union(directories: Sequence[Path], manifest: Mapping[str, Any]) -> Run:
@@ -496,7 +763,7 @@ def union(directories: Sequence[Path], manifest: Mapping[str, Any]) -> Run:
         tables.append(
             (
                 _renamed(turns, f"{number}:", n_replicas),
-                _renamed(steps, f"{number}:", n_replicas),
+                _renamed_steps(steps, f"{number}:"),
                 [f"{directory}: {sentence}" for sentence in damage],
             )
         )
@@ -524,16 +791,81 @@ def _renamed(table: pa.Table, prefix: str, first_replica: int) -> pa.Table:
     ).set_column(table.schema.get_field_index("replica"), table.schema.field("replica"), replicas)
 
 
+def _renamed_steps(steps: pa.Table, prefix: str) -> pa.Table:
+    """Steps (OF_STEPS) under the request ids that `_renamed` gives."""
+    chunks = [
+        pa.DictionaryArray.from_arrays(
+            chunk.indices,
+            pa.array([prefix + name for name in chunk.dictionary.to_pylist()], pa.string()),
+        )
+        for chunk in steps["request_id"].chunks
+    ]
+    kind = OF_STEPS.field("request_id")
+    return steps.set_column(0, kind, pa.chunked_array(chunks, kind.type))
+
+
 def _assembled(
     directory: Path,
     manifest: Mapping[str, Any],
     turns: pa.Table,
     steps: pa.Table,
     damage: Sequence[str],
+    only: Collection[str] | None = None,
 ) -> Run:
     used, n_retried = _latest_attempts(turns)
-    columns = _columns(turns.take(pa.array(used)), steps, manifest)
-    return Run(directory, manifest, turns, used, columns, n_retried, tuple(damage))
+    about = turns.select([name for name in turns.column_names if name != "output_token_ids"])
+    columns = _columns(about.take(pa.array(used)), steps, manifest)
+    told_apart = (*damage, *_contradictions(turns, columns))
+    run = Run(directory, manifest, turns, used, columns, n_retried, told_apart)
+    served, unread = _read_served(run, only)
+    told = _told_steps(run, served)
+    return replace(run, columns=replace(columns, told=told), damage=(*run.damage, *unread))
+
+
+def load_served(run: Run) -> pa.Table:
+    """What a server told of the run's requests: rows of SERVED, in no order. Parts that cannot be
+    read are told by `load`, and missing here."""
+    return _read_served(run)[0]
+
+
+def _read_served(run: Run, only: Collection[str] | None = None) -> tuple[pa.Table, list[str]]:
+    tables, damage = [SERVED.empty_table()], []
+    for prefix, directory in sources(run):
+        for path in _parts_of(directory, "served", only):
+            try:
+                table = part.read(path, SERVED, LIMITS["served"])
+            except part.READ_ERRORS as error:
+                damage.append(f"{_unreadable(str(path), error)}: restore it from a copy")
+                continue
+            tables.append(_renamed(table, prefix, 0) if prefix else table)
+    return pa.concat_tables(tables), damage
+
+
+def _told_steps(run: Run, served: pa.Table) -> Told | None:
+    """The steps of requests of whose events not each is known to be one step."""
+    if not served.num_rows:
+        return None
+    columns = run.columns
+    n = columns.n_requests
+    mixed = np.bincount(columns.request[columns.engine_steps != 1], minlength=n) > 0
+    n_output = np.bincount(columns.request, columns.n_tokens, n)
+    names = run.turns["request_id"].take(pa.array(run.used)).to_pylist()
+    request_of = {name: r for r, name in enumerate(names) if mixed[r]}
+    rows = [
+        (request_of[name], histogram)
+        for name, histogram in zip(
+            served["request_id"].to_pylist(), served["histogram"].to_pylist(), strict=True
+        )
+        if name in request_of and histogram is not None
+    ]
+    width = 1 + max((len(histogram) for _, histogram in rows), default=0)
+    lengths = np.zeros((len(rows), width), np.int64)
+    for row, (_, histogram) in enumerate(rows):
+        lengths[row, 1 : 1 + len(histogram)] = histogram
+    request = np.array([r for r, _ in rows], np.int64)
+    further = n_output[request] - 1 - lengths @ np.arange(width)
+    lookup = run.manifest["config"]["speculative_algorithm"] in LOOKUP
+    return Told(request, lengths, further.clip(0).astype(np.int64), not (lookup and len(rows)))
 
 
 def load_experts(directory: Path | str) -> dict[str, RoutedExperts]:
@@ -559,6 +891,12 @@ def experts_of(run: Run) -> Iterator[tuple[str, RoutedExperts]]:
 def _experts_in(directory: Path) -> Iterator[tuple[str, RoutedExperts]]:
     for path in _parts_of(directory, "experts"):
         for row in _read_whole(path, EXPERTS).to_pylist():
+            size = 2 * row["n_tokens"] * row["n_layers"] * row["top_k"]
+            if len(row["expert_ids"]) != size:
+                raise UserError(
+                    f"{path} holds {len(row['expert_ids'])} bytes of experts of "
+                    f"{row['request_id']!r}, expected {size}: restore it from a copy"
+                )
             yield (
                 row["request_id"],
                 RoutedExperts(row["n_tokens"], row["n_layers"], row["top_k"], row["expert_ids"]),
@@ -594,13 +932,43 @@ def next_energy_part(directory: Path, replica: int) -> int:
 
 
 def write_energy_part(directory: Path, number: int, replica: int, table: pa.Table) -> None:
-    """Write, or write again, one part of energy/. Not flushed to the disk: the sampler must not
-    make the run wait for it."""
-    folder = directory / "energy"
+    """Write, or write again, one part of energy/."""
+    _write_sampled(directory / "energy", f"{number:05d}{_suffix(replica)}", table)
+
+
+def load_turns(directory: Path) -> tuple[pa.Table, list[str]]:
+    """All committed turns of every session, and a sentence for each part that cannot be read."""
+    parts, damage = _read_parts(directory, with_steps=False)
+    return (
+        pa.concat_tables([turns for turns, _ in parts]) if parts else TURNS.empty_table(),
+        damage,
+    )
+
+
+def load_server_metrics(directory: Path) -> pa.Table:
+    """What the server's /metrics said: rows of SERVER_METRICS by time. Raises UserError if a part
+    cannot be read."""
+    parts = _parts_of(directory, "server_metrics")
+    tables = [SERVER_METRICS.empty_table(), *(_read_whole(path, SERVER_METRICS) for path in parts)]
+    return pa.concat_tables(tables).sort_by("time_ns")
+
+
+def next_server_metrics_part(directory: Path) -> int:
+    """The number that a new session's first part gets."""
+    return 1 + _last_part(directory, 0, "server_metrics")
+
+
+def write_server_metrics_part(directory: Path, number: int, table: pa.Table) -> None:
+    """Write, or write again, one part of server_metrics/."""
+    _write_sampled(directory / "server_metrics", f"{number:05d}", table)
+
+
+def _write_sampled(folder: Path, name: str, table: pa.Table) -> None:
+    """Not flushed to the disk: who samples must not make the run wait for it."""
     folder.mkdir(exist_ok=True)
-    target = folder / f"{number:05d}{_suffix(replica)}.parquet"
+    target = folder / f"{name}.parquet"
     temporary = target.with_name(f".{target.name}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
+    pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     temporary.replace(target)
 
 
@@ -619,28 +987,38 @@ def load_draft_vocabulary(directory: Path) -> tuple[Ints, dict[str, Any]] | None
     if not path.exists():
         return None
     try:
-        table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[b"draft_vocabulary"])
-        return table["token_id"].to_numpy().astype(np.int64), about
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        limits = part.Limits({"token_id": 0}, {"token_id": MOST_TOKENS})
+        table = part.read(path, DRAFT_VOCABULARY, limits)
+        about = manifests.parse(pq.read_schema(path).metadata[b"draft_vocabulary"].decode("utf-8"))
+        token_ids = table["token_id"].to_numpy().astype(np.int64)
+        n_tokens = about["n_tokens"]
+        if n_tokens is not None and not (
+            type(n_tokens) is int and token_ids.max(initial=-1) < n_tokens <= MOST_TOKENS
+        ):
+            raise part.DamagedError(f"its tokens are not below {n_tokens!r}")
+        if (np.diff(token_ids) <= 0).any():
+            raise part.DamagedError("its tokens do not ascend")
+    except (*part.READ_ERRORS, KeyError, TypeError) as error:
         raise UserError(f"{_unreadable(str(path), error)}: restore it from a copy") from None
+    return token_ids, about
 
 
 def _read_whole(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        return pq.read_table(path, schema=schema)
-    except (OSError, pa.ArrowException) as error:
+        return part.read(path, schema, LIMITS[path.parent.name])
+    except part.READ_ERRORS as error:
         raise UserError(f"{_unreadable(str(path), error)}: restore it from a copy") from None
 
 
-def _parts_of(directory: Path, folder: str) -> list[Path]:
-    """The parts of a folder: by replica, and by number within one."""
+def _parts_of(directory: Path, folder: str, only: Collection[str] | None = None) -> list[Path]:
+    """The parts of a folder: by replica, and by number within one. only: of these names."""
 
     def place(path: Path) -> tuple[str, str]:
         number, _, owner = path.stem.partition("-")
         return owner, number
 
-    return sorted((directory / folder).glob("[0-9]*.parquet"), key=place)
+    found = sorted((directory / folder).glob("[0-9]*.parquet"), key=place)
+    return found if only is None else [path for path in found if path.name in only]
 
 
 def _unreadable(what: str, error: Exception) -> str:
@@ -648,43 +1026,50 @@ def _unreadable(what: str, error: Exception) -> str:
     return f"{what} cannot be read ({first})"
 
 
-def _read_tables(directory: Path) -> tuple[pa.Table, pa.Table, list[str]]:
+def _read_tables(
+    directory: Path, only: Collection[str] | None = None
+) -> tuple[pa.Table, pa.Table, list[str]]:
     """All committed turns, their steps, and a sentence for each part that cannot be read."""
-    parts, damage = _read_parts(directory, with_steps=True)
+    parts, damage = _read_parts(directory, with_steps=True, only=only)
     return (
         pa.concat_tables([turns for turns, _ in parts]) if parts else TURNS.empty_table(),
-        pa.concat_tables([steps for _, steps in parts]) if parts else STEPS.empty_table(),
+        pa.concat_tables([steps for _, steps in parts]) if parts else OF_STEPS.empty_table(),
         damage,
     )
 
 
 def _read_parts(
-    directory: Path, *, with_steps: bool
+    directory: Path, *, with_steps: bool, only: Collection[str] | None = None
 ) -> tuple[list[tuple[pa.Table, pa.Table]], list[str]]:
     """The readable (turns, steps) pairs in order, and a sentence for each that is not."""
     parts, damage = [], []
-    for path in _parts_of(directory, "turns"):
+    for path in _parts_of(directory, "turns", only):
         try:
             turns = _read(path, TURNS)
-            steps_path = directory / "steps" / path.name
-            if with_steps:
-                steps = _read(steps_path, STEPS)
-            else:  # a truncated file has no footer, so reading that is proof enough
-                pq.read_metadata(steps_path)
-                steps = STEPS.empty_table()
-        except (OSError, pa.ArrowException) as error:
+            # Read even where only the turns are asked for: steps that are damaged anywhere in the
+            # file are not committed.
+            steps = _read(directory / "steps" / path.name, CODED_STEPS).select(OF_STEPS.names)
+            if (reason := _odd_reason(turns)) is not None:
+                raise part.DamagedError(f"it knows a finish reason {reason!r}")
+        except part.READ_ERRORS as error:
             damage.append(
                 f"{_unreadable(f'part {path.stem}', error)}; its conversations are missing here, "
                 "and --resume measures them again"
             )
             continue
-        parts.append((turns, steps))
+        parts.append((turns, steps if with_steps else OF_STEPS.empty_table()))
     return parts, damage
+
+
+def _odd_reason(turns: pa.Table) -> str | None:
+    """A finish reason that no writer writes, if there is one."""
+    found = set(turns["finish_reason"].unique().to_pylist()) - set(get_args(FinishReason))
+    return next(iter(sorted(found)), None)
 
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:
     """One part; where it was stored in format 1, its replica is 0."""
-    table = pq.read_table(path, schema=schema)
+    table = part.read(path, schema, LIMITS[path.parent.name])
     place = schema.get_field_index("replica")
     return table.set_column(place, schema.field(place), table["replica"].fill_null(0))
 
@@ -706,7 +1091,7 @@ def _latest_attempts(turns: pa.Table) -> tuple[Ints, int]:
 
 
 def _columns(turns: pa.Table, steps: pa.Table, manifest: Mapping[str, Any]) -> Columns:
-    """Integer codes for names; steps ordered by request (R) and step."""
+    """Integer codes for names; steps (OF_STEPS) ordered by request (R) and step."""
     names = turns["conversation_id"].to_pylist()
     ids = tuple(dict.fromkeys(names))
     conversation_of = {name: code for code, name in enumerate(ids)}
@@ -727,7 +1112,9 @@ def _columns(turns: pa.Table, steps: pa.Table, manifest: Mapping[str, Any]) -> C
     order, request = _requests_of_steps(turns, steps)
 
     def of_steps(name: str) -> Ints:
-        return np.asarray(steps[name].to_numpy(), np.int64)[order]
+        kind = np.int64 if name == "time_ns" else np.int32
+        values = np.asarray(steps[name].to_numpy(), kind)
+        return values if order is None else values[order]
 
     return Columns(
         categories=categories,
@@ -751,18 +1138,52 @@ def _columns(turns: pa.Table, steps: pa.Table, manifest: Mapping[str, Any]) -> C
     )
 
 
-def _requests_of_steps(turns: pa.Table, steps: pa.Table) -> tuple[Ints, Ints]:
-    """Which step rows to take, in order, and the request (R) that each belongs to."""
+def _requests_of_steps(turns: pa.Table, steps: pa.Table) -> tuple[Ints | None, Ints]:
+    """Which step rows to take, in order, and the request (R) that each belongs to. None for all,
+    as they are: so they were written, unless requests were asked again or replicas wrote them."""
     request_of = {name: row for row, name in enumerate(turns["request_id"].to_pylist())}
-    encoded = steps["request_id"].combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
-    rows = np.array([request_of.get(name, -1) for name in encoded.dictionary.to_pylist()], np.int64)
-    request = rows[encoded.indices.to_numpy()] if len(rows) else np.zeros(0, np.int64)
-    step = steps["step"].to_numpy()
+    request = np.empty(len(steps), np.int32)
+    begin = 0
+    for chunk in steps["request_id"].chunks:
+        names = chunk.dictionary.to_pylist()
+        rows = np.array([request_of.get(name, -1) for name in names], np.int32)
+        request[begin : begin + len(chunk)] = rows[chunk.indices.to_numpy()]
+        begin += len(chunk)
+    step = np.asarray(steps["step"].to_numpy(), np.int32)
+    further = np.diff(request)
+    in_order = (further > 0) | ((further == 0) & (np.diff(step) >= 0))
+    if (request[:1] >= 0).all() and in_order.all():
+        return None, request
     order = np.lexsort((step, request))
     order = order[request[order] >= 0]
     return order, request[order]
+
+
+def _contradictions(turns: pa.Table, columns: Columns) -> Iterator[str]:
+    """A sentence for each thing that parts cannot say together, if nothing was damaged."""
+    if (n_twice := turns.num_rows - pc.count_distinct(turns["request_id"]).as_py()) > 0:
+        yield f"{n_twice} turn(s) stand twice in the parts"
+    turn_of = columns.conversation * (part.MOST + 1) + columns.turn
+    if len(np.unique(turn_of)) < len(turn_of):
+        yield "a conversation has one of its turns twice"
+    if (n_odd := _n_out_of_place(columns)) > 0:
+        yield f"{n_odd} step(s) are not where their number says: others are missing, or stand twice"
+
+
+def _n_out_of_place(columns: Columns) -> int:
+    """Steps whose number is not how many of their request come before them."""
+    begins = np.diff(columns.request, prepend=-1) != 0
+    follows = np.diff(columns.step, prepend=-1) == 1
+    if np.where(begins, columns.step == 0, follows).all():
+        return 0
+    first = np.searchsorted(columns.request, columns.request, "left")
+    return int((columns.step != np.arange(len(columns.step)) - first).sum())
+
+
+def n_output_tokens(run: Run) -> Ints:
+    """(R,) output tokens of every request, as its turn holds them."""
+    lengths = pc.list_value_length(run.turns["output_token_ids"]).fill_null(0)
+    return np.asarray(lengths.to_numpy(), np.int64)[run.used]
 
 
 def expected_conversations(run: Run) -> Counter[str]:

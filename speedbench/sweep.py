@@ -28,6 +28,9 @@ Values = Mapping[str, Any]
 Configure = Callable[[Values], RunConfig]
 """Configuration fields (and what may stand for them on a command line) -> the configuration."""
 
+STORED = "sweep.json"
+"""What a folder of runs keeps of its plan (series.py writes it)."""
+
 SHORTHANDS = ("runtime_params", "mtbench", "specbench")
 """Flags of a run that are no configuration field; they may stand in `base`."""
 
@@ -36,6 +39,7 @@ NOT_SWEPT: Mapping[str, str] = {
     "save_dir": "every cell has its own directory in the sweep's --save_dir",
     "show_progress": "it belongs to the whole sweep",
     "max_duration": "it belongs to the whole sweep",
+    "stall_timeout": "it belongs to the whole sweep",
     "shard": "it belongs to the whole sweep",
 }
 """Fields that do not vary between cells, and why."""
@@ -92,8 +96,12 @@ class Cell:
 
 
 def read_spec(path: Path) -> Spec:
-    """A sweep from its YAML file. Raises UserError with one sentence for the first fault."""
+    """A sweep from its YAML file, or from what a measured one stored (its folder, or the sweep.json
+    in it). Raises UserError with one sentence for the first fault."""
+    path = path / STORED if path.is_dir() else path
     found = read_yaml(path, "--config", tuple(Spec.model_fields))
+    if "kind" in found and isinstance(found.get("spec"), dict):
+        found = found["spec"]
     return spec_of(found, f"--config {path}")
 
 
@@ -140,6 +148,8 @@ def _sentence(error: ValidationError) -> str:
     if fault["type"] == "extra_forbidden":
         fields = ", ".join(Spec.model_fields)
         return f"'{name}' is unknown{like(name, Spec.model_fields, f'expected {fields}')}"
+    if fault["type"] == "tuple_type":
+        return f"{name} is {fault['input']!r}, expected a list: [{fault['input']}]"
     message = fault["msg"]
     return f"{name} is {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
@@ -212,14 +222,18 @@ def _combinations(spec: Spec) -> Iterator[Values]:
     if names or not spec.cells:
         for combination in itertools.product(*spec.grid.values()):
             own = dict(zip(names, combination, strict=True))
-            if own.get("speculative_algorithm") in TAKES_NO_DRAFT_MODEL:
+            if _takes_no_drafter(own):
                 own["draft_model_dir"] = None
             yield own
     for cell in spec.cells:
-        if cell.get("speculative_algorithm") in TAKES_NO_DRAFT_MODEL:
+        if _takes_no_drafter(cell):
             yield {"draft_model_dir": None, **cell}
         else:
             yield cell
+
+
+def _takes_no_drafter(own: Values) -> bool:
+    return str(own.get("speculative_algorithm", "")).upper() in TAKES_NO_DRAFT_MODEL
 
 
 def _configured(values: Values, configure: Configure) -> RunConfig:
@@ -319,10 +333,13 @@ def _named(
     wanted = {identity(config) for config, _ in asked}
     by_name = {cell.name: cell for cell in kept}
     taken = {cell.name for cell in kept if identity(cell.config) in wanted}
+    config_fields = RunConfig.model_fields.keys() - set(MAPPINGS)
     for config, values in asked:
         name = names.get(identity(config))
         if name is None:
-            name = plain = str(values.get("name") or readable_name(config, grid))
+            # What the cell itself varies, too; mappings have no short name.
+            varied = [*grid, *(k for k in values if k in config_fields and k not in grid)]
+            name = plain = str(values.get("name") or readable_name(config, varied))
             if plain in taken and values.get("name"):
                 raise UserError(f"two cells are named '{plain}': give each a name of its own")
             number = itertools.count(2)
@@ -344,7 +361,7 @@ def _refuse_changed(was: Cell, now: RunConfig) -> None:
 
 
 def readable_name(config: RunConfig, grid: Sequence[str]) -> str:
-    """Such as 'eagle3-k3-c8-t0.7': what was drafted, the load, and what else varies in the grid."""
+    """Such as 'eagle3-k3-c8-t0.7': what was drafted, the load, and what else varies (`grid`)."""
     baseline = config.speculative_algorithm == "NONE"
     parts = ["baseline" if baseline else config.speculative_algorithm.lower()]
     if not baseline:

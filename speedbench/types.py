@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 Algorithm = Literal[
     "EAGLE3", "EAGLE", "DRAFT_TARGET", "NGRAM", "MTP", "MEDUSA", "PARD", "DFLASH", "SUFFIX", "NONE"
@@ -16,7 +16,23 @@ UNKNOWN = -1
 
 
 class UserError(Exception):
-    """The user can mend this: one sentence saying what was found, expected, and what to do."""
+    """The user can mend this: one sentence saying what was found, expected, and what to do.
+
+    What it quotes from files and engines can neither break its line nor command a terminal.
+    """
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(_printable(sentence))
+
+
+def _printable(text: str) -> str:
+    """Line breaks and tabs as blanks, every other character that does not print as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else " " if c in "\n\r\t" else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 class EngineDiedError(Exception):
@@ -60,12 +76,14 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One turn, ready for the engine: the prompt is token IDs, never text."""
+    """One turn, ready for the engine: the prompt is token IDs, never text, but for a server that
+    takes only text (`messages`)."""
 
     request_id: str
     token_ids: Sequence[int]
     max_tokens: int
     sampling: Sampling
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +98,52 @@ class RoutedExperts:
     n_layers: int
     top_k: int
     expert_ids: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ToldAcceptance:
+    """What a server told of the verifications of one request, when it ended.
+
+    source     who told it, in words for a report
+    histogram  [j]: verifications that accepted j draft tokens, uncut
+    n_drafted  draft tokens checked in all of them; None: not told
+    accepted, drafted  of each verification in order; empty where only totals are told
+    """
+
+    source: str
+    histogram: tuple[int, ...]
+    n_drafted: int | None = None
+    accepted: tuple[int, ...] = ()
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def n_verify(self) -> int:
+        return sum(self.histogram)
+
+    @property
+    def n_accepted(self) -> int:
+        return sum(j * n for j, n in enumerate(self.histogram))
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server told of one request, and what it was sent over.
+
+    sent_ns         when it was handed to the connection (monotonic; the loop's stamp is earlier)
+    new_connection  a connection was made for it: that is in its TTFT
+    prompt_proof    "echoed": the server returned the token IDs it was asked, and they are those
+                    that were sent; "counted": their number is; "": it does not tell
+    n_prompt_tokens, n_cached_tokens  as the server counts; None: not told
+    text            of the reply, from chats
+    """
+
+    sent_ns: int
+    new_connection: bool
+    prompt_proof: Literal["echoed", "counted", ""] = ""
+    n_prompt_tokens: int | None = None
+    n_cached_tokens: int | None = None
+    acceptance: ToldAcceptance | None = None
+    text: str | None = None
 
 
 # A NamedTuple, not a dataclass: one is made for every step of every request, and a tuple is the
@@ -98,6 +162,9 @@ class Step(NamedTuple):
                   ends: (accepted, drafted) of every step of the request, UNKNOWN where not told;
                   it replaces `accepted` and `drafted` of all of them
     routed_experts  on the last step only, where they were asked for
+    merged      on the last step only, from servers: engine steps of every event of the request,
+                where that is known when it ends; it replaces `engine_steps` of all of them
+    served      on the last step only, from servers
     """
 
     request_id: str
@@ -110,14 +177,20 @@ class Step(NamedTuple):
     error: str | None = None
     detail: Sequence[tuple[int, int]] | None = None
     routed_experts: RoutedExperts | None = None
+    merged: Sequence[int] | None = None
+    served: Served | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One turn's token IDs with the fingerprint of (row id, turn, token IDs)."""
+    """One turn's token IDs with the fingerprint of (row id, turn, token IDs).
+
+    messages  (role, text), for a server that takes only those; the fingerprint is then of them
+    """
 
     token_ids: Sequence[int]
     sha256: str
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 class PromptRefusedError(Exception):
@@ -139,6 +212,13 @@ class TurnRecord:
 
     def output_token_ids(self) -> list[int]:
         return [token for step in self.steps for token in step.token_ids]
+
+    def reply(self) -> Sequence[int] | str:
+        """What enters the history: its token IDs; its text where it was a chat."""
+        served = self.steps[-1].served if self.steps else None
+        if served is not None and served.text is not None:
+            return served.text
+        return self.output_token_ids()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +285,24 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Where a server under test is, and how it is asked.
+
+    api_key_env  environment variable that must hold the key (None: OPENAI_API_KEY may); the key
+                 itself is nowhere else
+    patience_s   a server that cannot be reached for so long is gone
+    """
+
+    url: str
+    model: str
+    endpoint: Literal["completions", "chat"] = "completions"
+    request_timeout_s: float = 1800.0
+    api_key_env: str | None = None
+    metrics_url: str | None = None
+    patience_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSettings:
     """What an adapter is told: the same words for every engine; adapters translate."""
 
@@ -226,6 +324,7 @@ class EngineSettings:
     capture_experts: bool = False
     engine_args: Mapping[str, object] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)  # to be refused before a long start
+    server: ServerSettings | None = None
 
 
 class Engine(Protocol):
@@ -251,6 +350,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End the engine and every process it started. May be called twice."""
+
+
+@runtime_checkable
+class TimedEngine(Engine, Protocol):
+    """An engine that can be asked at given moments (--request_rate)."""
+
+    def poll_for(self, timeout_s: float) -> Sequence[Step]:
+        """Like `poll`, but for so long at most, with or without a step; also without a request."""
 
 
 @dataclass(frozen=True, slots=True)

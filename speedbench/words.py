@@ -19,6 +19,8 @@ def first_line(error: BaseException) -> str:
 
 
 def like(name: str, known: Iterable[str], otherwise: str = "see its documentation") -> str:
-    """How a sentence about an unknown name goes on: the names it resembles, or `otherwise`."""
-    close = difflib.get_close_matches(name, sorted(known), 3)
+    """How a sentence about an unknown name goes on: the names it resembles, whatever their case,
+    or `otherwise`."""
+    spelled = {one.lower(): one for one in sorted(known)}
+    close = [spelled[one] for one in difflib.get_close_matches(name.lower(), spelled, 3)]
     return f": did you mean {' or '.join(close)}?" if close else f": {otherwise}"

@@ -189,3 +189,13 @@ def test_the_notebook_is_whole() -> None:
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
     for cell in notebook["cells"]:
         assert max(map(len, "".join(cell["source"]).splitlines())) <= 100
+
+
+def test_a_listing_shows_what_can_be_called() -> None:
+    """Names that are imported when they are asked for are listed all the same."""
+    code = "import speedbench, sys; print(*dir(speedbench)); print('pyarrow' in sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {"LoadedRun", "compare", "load", "__version__"} <= set(out)
+    assert out[-1] == "False"

@@ -64,10 +64,14 @@ def test_what_makes_another_arm(tmp_path: Path, change: dict[str, Any], n_arms: 
     assert len(grouped([first, run(tmp_path / "2", **change)])) == n_arms
 
 
+def software(**packages: str) -> dict[str, Any]:
+    return {"python": "3.11.7", "packages": packages}
+
+
 def test_repeats_of_other_software_are_told(tmp_path: Path) -> None:
     """They are one arm, as nothing that was measured says otherwise."""
     for name, version in (("1", "2.11.0"), ("2", "2.13.0")):
-        run(tmp_path / name, environment={"packages": {"torch": version, "numpy": "2.3"}})
+        run(tmp_path / name, environment=software(torch=version, numpy="2.3"))
     (arm,) = load_arms([tmp_path])
     (found,) = unlike(arm)
     assert found.level == "warning"

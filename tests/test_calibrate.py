@@ -206,10 +206,38 @@ def test_more_heads_than_were_built_are_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--algorithm", "MEDUSA", "--draft_length", "7")
-    assert run(RightEngine, monkeypatch, tmp_path / "runs", *more) == cli_base.FAILED
-    out = capsys.readouterr().out
-    assert "has 5 heads, --draft_length is 7" in out
-    assert "FAULT" not in out
+    assert run(RightEngine, monkeypatch, tmp_path / "runs", *more) == cli_base.USAGE
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "has 5 heads, --draft_length is 7" in told.err
+
+
+def test_an_engine_that_never_starts_is_one_sentence_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says the same of every case: not a table of as many rows."""
+
+    def refuse(self: RightEngine, settings: EngineSettings) -> None:
+        raise UserError("the engine cannot be imported (no module): install it")
+
+    engine = type("Missing", (RightEngine,), {"__init__": refuse})
+    assert run(engine, monkeypatch, tmp_path / "runs", "--algorithm", "all") == cli_base.USAGE
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1
+    assert "cannot be imported (no module): install it" in told.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_engine_that_makes_everything_up_proves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--save_dir", str(tmp_path / "runs"))
+    assert cli.main(["calibrate", "--engine", "null", *where]) == cli_base.USAGE
+    told = capsys.readouterr()
+    assert "--engine NULL makes up its steps" in told.err
+    assert "VLLM" in told.err
+    assert (told.out, list(tmp_path.iterdir())) == ("", [])
 
 
 def test_an_algorithm_that_was_named_and_does_not_start_is_a_failure(

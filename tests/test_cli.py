@@ -15,6 +15,7 @@ import pytest
 
 from speedbench.cli import main
 from speedbench.config import RunConfig, from_dict
+from speedbench.types import UserError
 
 ROOT = Path(__file__).parent.parent
 Mistake = Callable[[Path, Path], list[str]]
@@ -98,6 +99,11 @@ def without_template(tmp: Path, models: Path) -> list[str]:
 def foreign(tmp: Path) -> str:
     (tmp / "foreign.json").write_text('{"format": 1}')
     return str(tmp / "foreign.json")
+
+
+def a_plan(tmp: Path) -> str:
+    (tmp / "sweep.json").write_text('{"format": 1, "kind": "sweep", "spec": {}}')
+    return str(tmp / "sweep.json")
 
 
 def always(*arguments: str) -> Mistake:
@@ -197,7 +203,16 @@ MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
     "yaml broken": (yaml_file("engine_args: ["), ["YAML"]),
     "yaml is a list": (yaml_file("[1, 2]"), ["list"]),
     "yaml missing": (always(*NULL, "--runtime_params", "./none.yaml"), ["./none.yaml"]),
-    "unknown flag": (always(*NULL, "--temprature", "1"), ["--temprature"]),
+    "unknown flag": (
+        always(*NULL, "--temprature", "1"), ["no --temprature", "did you mean --temperature"]
+    ),
+    "unknown flag with its value": (
+        always(*NULL, "--draft-lenght=3"), ["no --draft_lenght: did you mean --draft_length"]
+    ),
+    "unknown flag like none": (always(*NULL, "--xyzzy"), ["no --xyzzy: see --help"]),
+    "config of several runs": (
+        lambda tmp, models: ["--config", a_plan(tmp)], ["several runs", "speedbench sweep --config"]
+    ),
     "resume without directory": (always(*NULL, "--resume"), ["--save_dir"]),
     "config that is none": (always("--config", "./none/manifest.json"), ["manifest"]),
     "frozen without replies": (always(*NULL, "--history", "frozen"), ["--history_from"]),
@@ -255,6 +270,31 @@ def test_hyphens_and_underscores_mean_the_same(tmp_path: Path) -> None:
     read = [json.loads((tmp_path / n / "manifest.json").read_text()) for n in "ab"]
     assert read[0]["prompts"] == read[1]["prompts"]
     assert read[0]["config"]["output_length"] == 4
+
+
+def test_words_of_a_flag_are_taken_in_any_case(tmp_path: Path) -> None:
+    draft = ["--speculative_algorithm", "draft_target", "--draft_model_dir", "d"]
+    common = ["--random_isl", "4", "--num_requests", "2", "--output_length", "4"]
+    where = ["--save_dir", str(tmp_path / "run")]
+    assert main(["run", "--engine", "null", *draft, "--order", "Dataset", *common, *where]) == 0
+    config = json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]
+    assert config["speculative_algorithm"] == "DRAFT_TARGET"
+    assert config["order"] == "dataset"
+    asked = from_dict({"engine": "NULL", "speculative_algorithm": "ngram", "model_dir": "x"})
+    assert asked.speculative_algorithm == "NGRAM"
+
+
+def test_one_name_where_a_list_belongs_is_told_as_such() -> None:
+    with pytest.raises(UserError, match=r"--category is 7, expected a list: \[7\]$"):
+        from_dict({"engine": "NULL", "category": 7})
+
+
+def test_help_names_the_engines(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("run", "sweep", "calibrate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        assert "VLLM, SGLANG, TRTLLM" in out, command
 
 
 def test_every_flag_of_the_field_is_there(capsys: pytest.CaptureFixture[str]) -> None:

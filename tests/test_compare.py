@@ -387,6 +387,7 @@ def measured(
         log_tps,
         np.log(shown / np.array(steps)) - log_tps,
         -log_tps,
+        np.full((len(tps), 3), np.nan),
         lengths,
         dict.fromkeys(names, ((0, "00"),)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -155,7 +156,7 @@ def test_an_interval_far_wider_than_the_others_ends_in_an_arrow(horizontal: bool
     assert min(ticks) == 0  # no speed is below
     assert 125 <= max(ticks) <= 250  # the values keep their room
     assert "interval goes on: see the numbers" in " ".join(drawn.words())
-    assert "(95 % -4000-5000)" in drawn.source  # in full for a pointer
+    assert "(95 % -4000 to 5000)" in drawn.source  # in full for a pointer
     whole = Series("a", "point", x, y, low, high, bounds="all")  # data, not doubt
     assert "goes on" not in " ".join(Drawn(replace(made, series=(whole,))).words())
     told = Drawn(chart(Series("a", "point", x[:2], y[:2], low[:2], high[:2])))
@@ -385,11 +386,27 @@ def test_marks_lie_in_the_drawing(name: str) -> None:
 
 
 def test_names_are_cut_with_a_sign_and_told_whole_to_a_pointer() -> None:
-    made = crowded()["12 points in 11 categories"]
+    made = crowded()["12 bars upright"]
     drawn = Drawn(made)
     assert any(words.endswith("…") for words in drawn.words())
     titles = [node.text or "" for node in drawn.root.iter("title")]
     assert any(f"{LONG} 10" in title for title in titles)
+
+
+def test_arms_that_differ_at_the_end_of_their_names_are_told_apart() -> None:
+    """Cut to two lines, all three would be called the same."""
+    arms = tuple(f"DRAFT_TARGET K=1, dataset mini, concurrency {c}" for c in (1, 4, 16))
+    places = (0.0, 1.0, 2.0)
+    made = chart(Series("a", "point", places, places), x=Axis("Arm", ticks=arms), horizontal=True)
+    drawn = Drawn(made)
+    words = " ".join(drawn.words())
+    for arm in arms:
+        assert arm in words
+    boxes = [text.box() for text in drawn.texts if text.anchor == "end"]
+    assert not any(
+        a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+        for a, b in itertools.combinations(boxes, 2)
+    )
 
 
 def test_twelve_series_differ_in_more_than_colour() -> None:

@@ -278,9 +278,34 @@ def test_tables_say_what_they_hold_and_what_heads_what(page: Node) -> None:
             assert cells[0].attributes["scope"] == "row"
         box = table.parent
         assert box is not None
-        assert box.attributes["class"] == "scroll"  # which scrolls, so that the page need not
+        # It scrolls, so that the page need not.
+        assert (box.attributes["class"] or "").split()[0] == "scroll"
         assert (box.attributes["tabindex"], box.attributes["role"]) == ("0", "region")
         assert box.attributes["aria-labelledby"] == table.one("caption").attributes["id"]
+
+
+def test_a_table_that_a_telephone_cuts_off_says_so() -> None:
+    """Six columns of numbers are wider than 400 pixels, two are not."""
+    cells = tuple(f"{i}.0000-{i}.1000" for i in range(6))
+    wide = Table(tuple(Column(f"column {i}") for i in range(6)), (cells,))
+    small = Table((Column("a"), Column("b")), (("1", "2"),))
+    boxes = [
+        node.attributes["class"] or ""
+        for node in tree(html.render([Heading("t", 1), wide, small], "t")).all("div")
+        if "scroll" in (node.attributes.get("class") or "")
+    ]
+    assert ["wide" in box.split() for box in boxes] == [True, False]
+    assert ".scroll.wide::before{content:" in html.page_css()
+
+
+def test_a_note_is_said_once_below_one_heading() -> None:
+    """And again below the next, and in each part that is folded away."""
+    note = "ns: not significant"
+    table = Table((Column("a"), Column("b")), (("1", "2"),), (note,))
+    part = Section("more", (table, table))
+    blocks = [Heading("t", 1), Heading("one"), table, Heading("sub", 3), table, table,
+              Heading("two"), table, part]  # fmt: skip
+    assert html.render(blocks, "t").count(note) == 3
 
 
 def test_figures_are_told_and_their_numbers_stand_below(page: Node) -> None:

@@ -24,9 +24,11 @@ from speedbench.insights.options import InsightOptions, think_end_ids
 from speedbench.insights.steps import Measured, Tokens, measured, steps_of, tokens_of
 from speedbench.report.arms import Arm, grouped
 from speedbench.report.blocks import Block, Chart, Heading, Paragraph, Table
+from speedbench.report.compare import compare
 from speedbench.report.layout_insights import of_arms
 from speedbench.report.merge import merged
 from speedbench.report.summary import summarize
+from speedbench.report.text import Text
 from speedbench.store import Run
 from speedbench.types import ConversationRecord, FinishReason, Step, TurnRecord, UserError
 from tests.builders import MS, S, conversation, session, stored, told, turn
@@ -309,11 +311,29 @@ def test_think_end_is_ids_or_text() -> None:
     def encode(text: str) -> list[int]:
         return [ord(c) for c in text if c != "?"]
 
-    assert think_end_ids("151668", encode) == (151668,)
-    assert think_end_ids("1, 2", encode) == (1, 2)
-    assert think_end_ids("</", encode) == (60, 47)
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    assert think_end_ids("151668", encode, decode) == (151668,)
+    assert think_end_ids("1, 2", encode, decode) == (1, 2)
+    assert think_end_ids("</", encode, decode) == (60, 47)
     with pytest.raises(UserError, match="makes no token"):
-        think_end_ids("??", encode)
+        think_end_ids("??", encode, decode)
+
+
+def test_a_tokenizer_that_lacks_the_text_is_told_of_not_taken_for_its_unknown_token(
+    models: Path,
+) -> None:
+    """The words of the calibration tokenizer are t0, t1, ...: all others are one token."""
+    words = Text(str(models / "word" / "target"))
+    known = words.decode([7])
+    assert think_end_ids(known, words.encode, words.decode) == (7,)
+    with pytest.raises(UserError, match=r"does not have.*its token ids") as error:
+        think_end_ids("</think>", words.encode, words.decode)
+    assert "\n" not in str(error.value)
+    letters = Text(str(models / "bpe" / "target"))
+    ids = think_end_ids("</think>", letters.encode, letters.decode)
+    assert letters.decode(ids) == "</think>"
 
 
 # --- draft vocabulary -----------------------------------------------------------------------------
@@ -568,6 +588,35 @@ def test_the_overestimate_is_random_over_real(tmp_path: Path) -> None:
     assert high < 2.7
     assert found.lengths == ((5.0, 13.0), (5.0, 7.0))
     assert found.differ == ()
+
+
+def test_the_overestimate_of_al_is_named_apart_from_a_comparison_s(tmp_path: Path) -> None:
+    """Random 3; real 2 and 4 in two categories: 3 over their mean 3 is 1, 3 over their geometric
+    mean is 1.06. One is called AL random/real, the other AL ratio."""
+
+    def run_of(name: str, lengths: dict[str, int], **config: Any) -> Run:
+        records = [
+            conversation(f"{name}{c}{i}", c, told_turn_of(f"{name}{c}{i}.0", [1, n, n, n], MS))
+            for c, n in lengths.items()
+            for i in range(4)
+        ]
+        prompts = {"fingerprint": name * 8, "turns": "all", "n_prompts": 8, "tokenizer": "t"}
+        return stored(tmp_path / name, records, config=config, prompts=prompts)
+
+    random = one_arm(run_of("random", {"random": 3}, **RANDOM), label="random")
+    real = one_arm(run_of("real", {"a": 2, "b": 4}), label="real")
+    (found,) = random_tokens.overestimates([real, random])
+    assert found.al.value == pytest.approx(1.0)
+    (held,) = compare(real, [random], allow=["prompts"]).arms
+    assert held.overall.al_ratio.value == pytest.approx(3 / math.sqrt(2 * 4))
+    blocks = list(of_arms([real, random]))
+    (table,) = (
+        block
+        for block in blocks
+        if isinstance(block, Table) and block.columns[0].header == "Random"
+    )
+    assert [column.header for column in table.columns][2] == "AL\nrandom/real"
+    assert any("overall AL" in note and "geometric" in note for note in table.notes)
 
 
 def test_steady_output_tps_needs_repeats_for_an_interval(tmp_path: Path) -> None:

@@ -216,3 +216,21 @@ def test_one_sampling_object_and_fresh_ids(concurrency: int) -> None:
     _, _, engine = run(lambda r: plain(r, [1]), rows(2, 2, 2), concurrency=concurrency)
     assert len({id(r.sampling) for r in engine.submitted}) == 1
     assert len({r.request_id for r in engine.submitted}) == 6
+
+
+def test_a_step_that_is_no_step_fails_its_request_alone() -> None:
+    """Its earlier steps are kept, and what still comes for it is stray."""
+
+    def script(request: Request) -> Sequence[Step]:
+        steps = plain(request, [1, 2, 2])
+        if request.token_ids[0] == 1:
+            steps[1] = steps[1]._replace(token_ids=[float("nan")])  # type: ignore[list-item]
+        return steps
+
+    end, done, _ = run(script, rows(1, 1, 1), concurrency=3)
+    by_id = {r.conversation_id: r.turns[0] for r in done}
+    assert (end.reason, end.n_stray_steps) == ("finished", 1)
+    assert by_id["c1"].finish_reason == "error"
+    assert "cannot be stored as numbers" in (by_id["c1"].error or "")
+    assert by_id["c1"].output_token_ids() == [0]
+    assert [by_id[c].output_token_ids() for c in ("c0", "c2")] == [[0, 1, 2, 3, 4]] * 2

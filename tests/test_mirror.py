@@ -251,6 +251,14 @@ def test_truncated_and_garbled_uploads_are_found_and_mended(url: str, tmp_path: 
     assert sum(n_spoilt.values()) > len(files(tmp_path / "run")) + 2
 
 
+def test_a_folder_that_holds_no_run_is_not_uploaded(tmp_path: Path) -> None:
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is no run directory \(it has no manifest\.json\)"):
+        mirror.upload(tmp_path / "papers", OBJECTS)
+    assert FaultyStore.files() == {}
+
+
 def test_a_lost_object_is_uploaded_again(tmp_path: Path) -> None:
     whole_run(tmp_path / "run")
     copy = Mirror(tmp_path / "run", Store(OBJECTS))

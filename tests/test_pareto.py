@@ -123,7 +123,7 @@ def test_what_is_said_of_break_even() -> None:
     assert said((1, figure(None))) == "n/a: none was made."
     assert "not significant at 8" in said((8, figure(1.1)), unsure=["8"])
     lone = break_even_sentence(crossing("", "E", 3, ((1, figure(4)),)), untold=["1"])
-    assert "At 1 it has no interval" in lone
+    assert lone.endswith("At 1 it has no interval.")
 
 
 # --- frontier -------------------------------------------------------------------------------------
@@ -398,6 +398,17 @@ def test_a_pair_is_no_sweep(tmp_path: Path) -> None:
     assert list(of_sweep(arms)) == []
     more = grouped([*runs, arm_run(tmp_path / "1", [10] * 3, k=1)])
     assert is_sweep(more)
+
+
+def test_why_there_is_no_interval_is_said_once_for_all(tmp_path: Path) -> None:
+    """Two drafters' lines, each measured at 1 and 16 in a single run."""
+    blocks = list(of_sweep(sweep_runs(tmp_path)))
+    facts = [text for block in blocks if isinstance(block, Facts) for _, text, _ in block.items]
+    lacking = [text for text in facts if "has no interval" in text]
+    assert len(lacking) == 2
+    assert all(text.endswith("At 1 and 16 it has no interval.") for text in lacking)
+    said = [b.text for b in blocks if isinstance(b, Paragraph) and "another run may" in b.text]
+    assert len(said) == 1
 
 
 def test_the_figure_names_its_points_and_its_axes_have_units(tmp_path: Path) -> None:

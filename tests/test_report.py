@@ -19,7 +19,7 @@ from rich.console import Console
 from speedbench import stats, store
 from speedbench.report import as_json, console, html, layout, markdown
 from speedbench.report.arms import grouped
-from speedbench.report.blocks import Block, Column, Table
+from speedbench.report.blocks import Block, Column, Facts, Table
 from speedbench.report.document import document
 from speedbench.report.summary import Resamples, Summary, summarize, summarize_repeats
 from speedbench.store import Run
@@ -197,6 +197,15 @@ def odd_run(directory: Path) -> Run:
 
 
 # --- the console ----------------------------------------------------------------------------------
+
+
+def test_long_labels_leave_their_text_two_thirds_of_the_width() -> None:
+    label = "dataset random, random ISL 50, temperature 0.7, concurrency 16 DRAFT_TARGET K=3"
+    facts = Facts(((label, "it pays " * 30, "plain"), ("short", "words", "plain")))
+    text = printed(lambda out: console.draw([facts], out), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) <= 6  # 240 characters in lines of 50, not of 11
+    assert label.split() == " ".join(line[:26] for line in text.splitlines()[:4]).split()
 
 
 @pytest.mark.parametrize("width", [80, 100, 140, 200])
@@ -631,7 +640,30 @@ def test_weights_are_shared_and_stay_what_they_were() -> None:
         sizes = [5, 1, 9, 3] if seed % 2 else [4, 4, 2]
         category = np.repeat(np.arange(len(sizes)), sizes)
         np.random.default_rng(seed).shuffle(category)
-        assert (shared.weights(category) == stats.bootstrap_weights(category)).all()
+        ids = [f"row-{i:03d}" for i in range(len(category))]
+        expected = stats.bootstrap_weights(category)
+        assert (shared.weights(category, ids) == expected).all()
+        order = np.random.default_rng(seed + 9).permutation(len(category))
+        shuffled = shared.weights(category[order], [ids[i] for i in order])
+        assert (shuffled == expected[:, order]).all()  # a conversation keeps its own
+
+
+def test_the_order_in_which_conversations_end_moves_no_interval(tmp_path: Path) -> None:
+    """As another concurrency does: the same records, stored in another order."""
+    draw = random.Random(3)
+    records = [
+        conversation(f"row-{c}-{i}", c, [1, *(draw.choice([1, 2, 3, 4]) for _ in range(9))])
+        for c in ("qa", "math")
+        for i in range(8)
+    ]
+    shuffled = records[:]
+    draw.shuffle(shuffled)
+    first, second = (
+        summarize(stored(tmp_path / name, some)) for name, some in (("a", records), ("b", shuffled))
+    )
+    for name, figure in first.lengths.items():
+        assert figure.interval == pytest.approx(second.lengths[name].interval), name
+    assert [f.interval for f in first.rates] == [pytest.approx(f.interval) for f in second.rates]
 
 
 # --- dependencies ---------------------------------------------------------------------------------

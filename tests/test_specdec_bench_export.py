@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from speedbench.datasets import preparer
+from speedbench.datasets.identity import rows_sha256
 from speedbench.report import specdec_bench
 from speedbench.report.summary import summarize
 from speedbench.report.text import Text
 from speedbench.store import Run
-from speedbench.types import UserError
+from speedbench.types import Conversation, UserError
 from tests.builders import MS, S, conversation, session, stored, turn
 from tests.test_report import golden_records
 
@@ -361,6 +362,61 @@ def test_answers_are_text_with_a_tokenizer_and_ids_without(tmp_path: Path, model
     assert known == [7, 7, 9]
     with pytest.raises(UserError, match="--tokenizer"):
         Text(str(tmp_path / "nowhere")).decode([5])
+
+
+def test_turns_are_the_user_s_words_while_the_dataset_still_holds_them(tmp_path: Path) -> None:
+    """The publisher's lines name what was asked: from the dataset, if its rows are still those."""
+    rows = tmp_path / "rows.jsonl"
+    asked = {"a": ["Why?", "And then?"], "b": ["How?"]}
+    rows.write_text(
+        "".join(json.dumps({"question_id": k, "category": "qa", "turns": v}) + "\n"
+                for k, v in asked.items())
+    )  # fmt: skip
+    sha256 = rows_sha256([Conversation(name, "qa", tuple(turns)) for name, turns in asked.items()])
+    records = [
+        conversation("b", "qa", turn("b.0", [1, 2])),
+        conversation("a", "qa", turn("a.0", [1, 2]), turn("a.1", [1, 2], number=1)),
+    ]
+    dataset = {"name": "jsonl", "path": str(rows), "sha256": sha256, "expected": {"qa": 2}}
+    config = {"dataset": "jsonl", "dataset_path": "elsewhere.jsonl"}
+    run = stored(tmp_path / "run", records, dataset=dataset, config=config)
+
+    def exported(name: str) -> tuple[dict[str, list[str]], str]:
+        specdec_bench.write(run, tmp_path / name)
+        lines = (tmp_path / name / "specbench_responses.jsonl").read_text().splitlines()
+        about = loaded(tmp_path / name, "configuration.json")["speedbench"]
+        found = {line["question_id"]: line["turns"] for line in map(json.loads, lines)}
+        return found, " ".join(about["notes"])
+
+    found, notes = exported("same")
+    assert found == asked
+    assert "`turns`" not in notes
+    rows.write_text(rows.read_text().replace("How?", "How not?"))
+    found, notes = exported("changed")
+    assert found == {"a": [], "b": []}
+    assert "holds other rows than were asked" in notes
+    rows.unlink()
+    found, notes = exported("gone")
+    assert found == {"a": [], "b": []}
+    assert "cannot be read any more" in notes
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"engine": {"settings": {"device": "cpu"}}},
+        {"engine": {"simulated": True}},
+        {"environment": {"python": "3.11", "packages": {}, "gpus": []}},
+    ],
+)
+def test_nothing_is_told_per_gpu_where_none_was_used(tmp_path: Path, about: dict[str, Any]) -> None:
+    run = mixed_run(tmp_path / "run", **about)
+    specdec_bench.write(run, tmp_path / "out")
+    (timing,) = loaded(tmp_path / "out", "timing.json")
+    assert timing["Output TPS"] > 0
+    assert timing["Output TPS/gpu"] is None
+    notes = loaded(tmp_path / "out", "configuration.json")["speedbench"]["notes"]
+    assert any(note.startswith("Output TPS/gpu is null: ") for note in notes)
 
 
 def test_a_throughput_that_is_none_is_null_with_its_reason(tmp_path: Path) -> None:

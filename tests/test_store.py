@@ -466,10 +466,20 @@ def test_a_writer_that_cannot_write_says_so_and_keeps_what_it_wrote(tmp_path: Pa
     assert len(store.load(directory).columns.conversation_ids) == 4
 
 
-def test_detail_of_another_length_is_not_stored(tmp_path: Path) -> None:
+def test_detail_of_another_length_is_that_request_s_failure(tmp_path: Path) -> None:
+    """No number of it is stored, and nothing else is lost."""
     directory = run_of_three_parts(tmp_path / "r")
-    with pytest.raises(UserError, match="2 details for 3 steps"):
-        write_part(directory, [conversation("e", "cat", turn("e", [1, 2, 2], told=[(0, 0)] * 2))])
+    n_before = len(store.load(directory).columns.conversation_ids)
+    spoilt = turn("e", [1, 2, 2], told=[(0, 0)] * 2)
+    write_part(directory, [conversation("e", "cat", spoilt), conversation("f", "cat", [1, 2])])
+    run = store.load(directory)
+    rows = {row["conversation_id"]: row for row in run.turns.to_pylist()}
+    assert rows["e"]["finish_reason"] == "error"
+    assert "2 details for 3 steps" in rows["e"]["error"]
+    assert rows["e"]["output_token_ids"] == []
+    assert rows["f"]["finish_reason"] != "error"
+    assert len(run.columns.conversation_ids) == n_before + 2
+    assert store.committed(directory)["e"] is False  # so --resume asks it again
 
 
 def test_committed_conversations_reach_the_disk_without_being_asked(tmp_path: Path) -> None:
@@ -481,3 +491,35 @@ def test_committed_conversations_reach_the_disk_without_being_asked(tmp_path: Pa
         time.sleep(0.01)
     assert "e" in store.committed(directory)
     writer.close()
+
+
+# --- large runs -----------------------------------------------------------------------------------
+
+
+def test_many_steps_are_written_before_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for its part takes memory: 4 conversations of 5 steps, at most 8 steps wait."""
+    monkeypatch.setattr(store, "PART_STEPS", 8)
+    store.create(tmp_path / "r")
+    writer = store.Writer(tmp_path / "r", 0, interval_s=3600)
+    for name in "abcd":
+        writer.commit(conversation(name, "cat", [1, 2, 2, 2, 1]))
+    writer.close()
+    parts = sorted((tmp_path / "r" / "steps").glob("*.parquet"))
+    assert [pq.read_metadata(part).num_rows for part in parts] == [10, 10]
+
+
+def test_a_table_made_in_pieces_is_the_table_made_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [
+        conversation(f"c{i}", "cat", [1, 2, 4][: 1 + i % 3], [1] * (i % 5), ttft_ns=i)
+        for i in range(20)
+    ]
+    for name, at_once in (("whole", 10**6), ("pieces", 4)):
+        monkeypatch.setattr(store, "AT_ONCE_STEPS", at_once)
+        stored(tmp_path / name, records)
+    whole, pieces = (pq.read_table(tmp_path / n / "steps") for n in ("whole", "pieces"))
+    assert whole.num_rows == sum(1 + i % 3 + i % 5 for i in range(20))
+    assert pieces.equals(whole)

@@ -114,6 +114,43 @@ def test_names_tell_the_cells_apart_and_never_collide() -> None:
     assert all(sweep.NAME.fullmatch(name) for name in names)
 
 
+def test_a_cell_is_named_by_what_it_varies() -> None:
+    """Of `cells` as of a grid: the value, not a number that says nothing."""
+    found = cells(DRAFTS, cells=[{"temperature": t} for t in (0, 0.7, 1)])
+    assert [cell.name for cell in found] == [f"draft_target-k3-c1-t{t}" for t in ("0", "0.7", "1")]
+    found = cells(DRAFTS, grid={"concurrency": [1]}, cells=[{"temperature": 0.7, "seed": 3}])
+    assert {cell.name for cell in found} == {
+        "draft_target-k3-c1", "draft_target-k3-c1-t0.7-seed-3",
+    }  # fmt: skip
+    found = cells(DRAFTS, cells=[{"engine_args": {"step_ms": ms}} for ms in (1, 2)])
+    assert [cell.name for cell in found] == ["draft_target-k3-c1", "draft_target-k3-c1-2"]
+
+
+def test_algorithms_in_small_letters_are_the_same_cells() -> None:
+    small = cells(DRAFTS, grid={"speculative_algorithm": ["none", "draft_target"]})
+    assert told(small) == told(
+        cells(DRAFTS, grid={"speculative_algorithm": ["NONE", "DRAFT_TARGET"]})
+    )
+
+
+def test_what_a_sweep_stored_is_its_configuration(tmp_path: Path) -> None:
+    """The folder, or the sweep.json in it, asks for the same cells again."""
+    asked = spec_of(
+        {"base": DRAFTS, "grid": {"draft_length": [1, 3]}, "baseline": True, "repeat": 2}, "here"
+    )
+    found = expanded(asked, cell_configuration, most_requests)
+    series.write(Plan("sweep", tmp_path, asked, found), {})
+    for path in (tmp_path, tmp_path / "sweep.json"):
+        again = sweep.read_spec(path)
+        assert (again.baseline, again.repeat) == (True, 2)
+        assert told(expanded(again, cell_configuration, most_requests)) == told(found)
+
+
+def test_one_value_is_no_list() -> None:
+    with pytest.raises(UserError, match=r"grid\.concurrency is 4, expected a list: \[4\]$"):
+        cells(NULL, grid={"concurrency": 4})
+
+
 VALUES = {
     "draft_length": st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True),
     "concurrency": st.lists(st.integers(1, 64), min_size=1, max_size=3, unique=True),

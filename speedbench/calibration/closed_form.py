@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,25 +145,37 @@ def read_known_answer(target_dir: Path, draft_dir: Path | None = None) -> KnownA
     """The functions behind a calibration target and its drafter, as their builder wrote them."""
     path = target_dir / KNOWN_ANSWER_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
         if draft_dir is not None and (draft_dir / KNOWN_DRAFT_FILE).is_file():
             path = draft_dir / KNOWN_DRAFT_FILE
-            found |= json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+            found |= dict(json.loads(path.read_text(encoding="utf-8")))
+        after_mask = found.get("after_mask")
+        return KnownAnswer(
+            name=str(found["name"]),
+            version=_whole(found["version"]),
+            target_next=_token_ids(found["next"]),
+            draft_next=_token_ids(found["draft_next"]),
+            eos_token_ids=_token_ids(found["eos_token_ids"]),
+            densities={str(name): float(value) for name, value in found["densities"].items()},
+            after_mask=None if after_mask is None else _whole(after_mask),
+            experts=found.get("experts", ()),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{path} cannot be read ({error}), expected a folder made by speedbench calibrate: "
+            f"{path} cannot be read ({what}), expected a folder made by speedbench calibrate: "
             "build the checkpoints again"
         ) from None
-    return KnownAnswer(
-        name=found["name"],
-        version=found["version"],
-        target_next=tuple(found["next"]),
-        draft_next=tuple(found["draft_next"]),
-        eos_token_ids=tuple(found["eos_token_ids"]),
-        densities=found["densities"],
-        after_mask=found.get("after_mask"),
-        experts=found.get("experts", ()),
-    )
+
+
+def _token_ids(values: Any) -> tuple[int, ...]:
+    return tuple(map(_whole, values))
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.60} is no whole number from 0")
+    return value
 
 
 def draft_target_steps(

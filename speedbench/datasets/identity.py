@@ -37,6 +37,11 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 """What an identity file must hold to be used; `source` and `preparer` name a commit each."""
 
+_NAMED = (
+    ("source", "repository"), ("source", "revision"), ("preparer", "repository"),
+    ("preparer", "commit"),
+)  # fmt: skip
+
 
 def row_line(row: Conversation) -> bytes:
     """Canonical JSON of a row's content: keys sorted, no spaces, ASCII, one newline."""
@@ -80,7 +85,7 @@ def read(folder: Path) -> Mapping[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read ({type(error).__name__}): prepare the dataset again"
         ) from None
@@ -90,14 +95,19 @@ def read(folder: Path) -> Mapping[str, Any] | None:
             "dataset again"
         )
     odd = [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]
-    for name, key in (("source", "repository"), ("source", "revision"), ("preparer", "commit")):
-        if not odd and found[name] is not None and not isinstance(found[name].get(key), str):
+    for name, key in _NAMED:
+        holder = found.get(name)
+        if not odd and holder is not None and not isinstance(holder.get(key), str):
             odd.append(f"{name}.{key}")
+    if not odd and not all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) for one in found["licences"]
+    ):
+        odd.append("licences")
     if odd:
         raise UserError(
             f"{path} lacks '{odd[0]}', or has it in another form: prepare the dataset again"
         )
-    return found
+    return {"preparer": None, **found}
 
 
 def origin(path: Path, sha256: str) -> Mapping[str, str] | None:
@@ -113,7 +123,7 @@ def origin(path: Path, sha256: str) -> Mapping[str, str] | None:
             f"{path} was changed since it was prepared (its rows have sha256 {sha256[:12]}, "
             f"{NAME} says {found['sha256'][:12]}): prepare it again, or remove {NAME}"
         )
-    preparer = found["preparer"] or {}
+    preparer = found.get("preparer") or {}
     return {
         "dataset": found["dataset"],
         "config": found["config"],

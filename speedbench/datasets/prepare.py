@@ -308,7 +308,7 @@ def _show_licences(out: Path, accept: Accept) -> None:
         try:
             if json.loads(path.read_text(encoding="utf-8"))["accepted"] == licences:
                 return
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass  # damaged: shown again
     accept(licences, True)
     out.mkdir(parents=True, exist_ok=True)

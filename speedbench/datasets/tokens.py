@@ -90,21 +90,32 @@ def read(path: Path) -> TokenFile:
     try:
         table = pq.read_table(path)
         about = json.loads((table.schema.metadata or {})[KEY])
-        found = table.select(SCHEMA.names).to_pylist()
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        found = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
+    except (OSError, KeyError, ValueError, RecursionError, pa.ArrowException) as error:
         first = (str(error).splitlines() or ["unreadable"])[0]
         first = "its metadata is not ours" if isinstance(error, KeyError) else first
         raise UserError(
             f"--prompts {path} is no token file ({first}): make one with `speedbench data tokens`"
         ) from None
-    if about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        number = about.get("format") if isinstance(about, dict) else None
         raise UserError(
-            f"--prompts {path} has format {about.get('format')}, expected {FORMAT}: make it again "
-            "with this speedbench"
+            f"--prompts {path} has format {number}, expected {FORMAT}: make it again with this "
+            "speedbench"
+        )
+    if (odd := _odd(about)) or not found:
+        raise UserError(
+            f"--prompts {path} is not as speedbench wrote it: "
+            f"{f'its {odd} is missing or of another form' if odd else 'it holds no prompt'}; make "
+            "it again"
         )
     prompts: dict[tuple[str, int], Prompt] = {}
     categories: dict[str, str] = {}
-    for row in found:
+    for number, row in enumerate(found, 1):
+        if None in row.values() or row["turn"] < 0 or None in row["token_ids"]:
+            raise UserError(f"--prompts {path}, row {number} lacks a value: make it again")
+        if min(row["token_ids"], default=0) < 0:
+            raise UserError(f"--prompts {path}, row {number} has a token ID below 0: make it again")
         key = (row["conversation_id"], row["turn"])
         sha256 = turn_sha256(*key, row["token_ids"])
         if sha256 != row["sha256"] or key in prompts:
@@ -127,3 +138,25 @@ def read(path: Path) -> TokenFile:
     told = about["dataset"]
     dataset = Dataset(told["name"], told["path"], rows, told["sha256"], told.get("origin"))
     return TokenFile(dataset, prompts, about)
+
+
+def _odd(about: Mapping[str, Any]) -> str | None:
+    """What of the metadata is not as `speedbench data tokens` wrote it."""
+    told = about.get("dataset")
+    eos, files = about.get("eos_token_ids"), about.get("tokenizer_files")
+    if not isinstance(told, dict) or not all(
+        isinstance(told.get(name), str) for name in ("name", "path", "sha256")
+    ):
+        return "dataset"
+    origin = told.get("origin")
+    if origin is not None and not (
+        isinstance(origin, dict) and all(isinstance(one, str) for one in origin.values())
+    ):
+        return "dataset's origin"
+    if not isinstance(eos, list) or not all(type(one) is int and one >= 0 for one in eos):
+        return "eos_token_ids"
+    if not isinstance(files, dict) or not all(
+        isinstance(one, dict) and isinstance(one.get("files", {}), dict) for one in files.values()
+    ):
+        return "tokenizer_files"
+    return None

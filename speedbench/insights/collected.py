@@ -12,6 +12,8 @@ from speedbench.insights.energy import ArmEnergy, energy_of
 from speedbench.insights.experts import ExpertDifference, ExpertUse
 from speedbench.insights.options import InsightOptions
 from speedbench.insights.pairing import beside_prompts, is_random
+from speedbench.insights.served import ServedSession, served
+from speedbench.insights.served_times import ServedTimes, served_times
 from speedbench.insights.steps import Measured, measured
 from speedbench.report.arms import Arm
 from speedbench.report.summary import Figure
@@ -49,6 +51,8 @@ class Insights:
     savings: tuple[saving.Saving, ...]
     costs: tuple[Cost, ...]
     energy: tuple[ArmEnergy, ...]
+    served: tuple[ServedSession, ...]
+    served_times: tuple[ServedTimes, ...]
     wanted: tuple[str, ...]
     faults: tuple[str, ...]
 
@@ -56,17 +60,18 @@ class Insights:
 def collect(arms: Sequence[Arm], options: InsightOptions) -> Insights:
     """Raises UserError where what the user named cannot be used."""
     faults: list[str] = []
-    drafting = measured([arm for arm in arms if not arm.is_baseline])
-    covered = [found for one in drafting if (found := _covered(one, options, faults)) is not None]
+    covered, by_position, by_turn, thinking = [], [], [], []
+    for one in measured([arm for arm in arms if not arm.is_baseline]):
+        if (found := _covered(one, options, faults)) is not None:
+            covered.append(found)
+        if _in_total(one, faults):
+            continue
+        by_position.append(position.by_position(one, options.bin_tokens))
+        by_turn.append(position.by_turn(one))
+        if options.think_end:
+            thinking.append(position.by_thinking(one, options.think_end))
     nothing: tuple[tuple[ExpertUse, ...], tuple[ExpertDifference, ...]] = ((), ())
     told, compared = _readable(lambda: routed.uses(arms, options.batch_tokens), nothing, faults)
-    by_position = [position.by_position(one, options.bin_tokens) for one in drafting]
-    by_turn = [position.by_turn(one) for one in drafting]
-    thinking = (
-        [position.by_thinking(one, options.think_end) for one in drafting]
-        if options.think_end
-        else []
-    )
     over = random_tokens.overestimates(arms)
     return Insights(
         coverage=tuple(covered),
@@ -84,9 +89,30 @@ def collect(arms: Sequence[Arm], options: InsightOptions) -> Insights:
             if options.gpu_hour_price is not None
         ),
         energy=_readable(lambda: _energy(arms), (), faults),
+        served=_readable(lambda: served(arms), (), faults),
+        served_times=_readable(lambda: served_times(arms), (), faults),
         wanted=_wanted(arms, options),
         faults=tuple(faults),
     )
+
+
+FEW = 0.1
+
+
+def _in_total(one: Measured, faults: list[str]) -> bool:
+    """Whether of more than few requests the steps are told in total, not where they are: those of
+    the others do not stand for all."""
+    n_told = n_requests = 0
+    for run in one.arm.runs:
+        n_requests += run.columns.n_requests
+        n_told += 0 if run.columns.told is None else len(run.columns.told.request)
+    if n_told <= FEW * n_requests:
+        return False
+    faults.append(
+        f"{one.arm.label}: of {n_told} of {n_requests} requests the server tells steps in total, "
+        "not each where it is: nothing is said of acceptance along the answer"
+    )
+    return True
 
 
 def _readable(make: Callable[[], T], otherwise: T, faults: list[str]) -> T:

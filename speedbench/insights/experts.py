@@ -108,6 +108,8 @@ def routing_of(arm: Arm) -> dict[Phase, Routing]:
     found: dict[Phase, _Counter] = {}
     n_left_out = 0
     for run, own in zip(arm.runs, codes, strict=True):
+        if not any((directory / "experts").is_dir() for _, directory in store.sources(run)):
+            continue  # nearly all runs: what follows walks over all their steps
         columns = run.columns
         names = run.turns["request_id"].take(run.used).to_pylist()
         row_of = {name: row for row, name in enumerate(names)}

@@ -30,9 +30,12 @@ class InsightOptions:
     batch_tokens: tuple[int, ...] = (1, 8, 32, 128, 512)
 
 
-def think_end_ids(given: str, encode: Callable[[str], Sequence[int]]) -> tuple[int, ...]:
+def think_end_ids(
+    given: str, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str]
+) -> tuple[int, ...]:
     """`--think_end` as token ids: '151668' and '1,2' are ids, anything else is text for `encode`,
-    which adds no special tokens of its own. Raises UserError where that gives no token."""
+    which adds no special tokens of its own. Raises UserError where that gives no token, or others
+    than the text's: a tokenizer that lacks a text makes one of it that stands for all it lacks."""
     if _IDS.fullmatch(given.strip()):
         return tuple(int(part) for part in given.split(","))
     ids = tuple(int(token) for token in encode(given))
@@ -40,5 +43,11 @@ def think_end_ids(given: str, encode: Callable[[str], Sequence[int]]) -> tuple[i
         raise UserError(
             f"--think_end is {given!r}, which the tokenizer makes no token of: give the text that "
             "ends the thinking, such as </think>, or its token ids"
+        )
+    if "".join(decode(ids).split()) != "".join(given.split()):
+        raise UserError(
+            f"--think_end is {given!r}, which the tokenizer does not have: it reads it as "
+            f"{decode(ids)!r} (token {', '.join(map(str, ids))}); give the text that ends the "
+            "thinking in this model's answers, or its token ids"
         )
     return ids

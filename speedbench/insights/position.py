@@ -119,7 +119,8 @@ def sliced(of: Measured, group: Ints, labels: Sequence[str]) -> tuple[Slice, ...
     """One slice per label; group: (D,) which one each step is in."""
     steps, weights = of.steps, of.weights
     whole, cut = steps.counts(group, len(labels))  # (C', G, K+2)
-    present = (whole + cut).sum(axis=2) > 0  # (C', G)
+    both = np.concatenate([whole, cut], axis=2)
+    present = both.sum(axis=2) > 0  # (C', G)
     once = np.ones((1, len(weights[0])))
     k = steps.draft_length
     lone = rates.lone(steps.conversations)[steps.conversations.category]  # (C',)
@@ -130,9 +131,11 @@ def sliced(of: Measured, group: Ints, labels: Sequence[str]) -> tuple[Slice, ...
         degrees = steps.conversations.degrees(members)
 
         def al(w: Floats, slice_: int, rows: Ints) -> Floats:
-            return metrics.acceptance_length(
-                w[:, rows] @ whole[rows, slice_], w[:, rows] @ cut[rows, slice_]
-            )
+            # The others' steps are left out, not their weights: of these there are many more.
+            of_rows = np.zeros_like(both[:, slice_])
+            of_rows[rows] = both[rows, slice_]
+            sums = w @ of_rows
+            return metrics.acceptance_length(sums[:, : k + 2], sums[:, k + 2 :])
 
         def als(slice_: int, rows: Ints) -> tuple[float, Floats]:
             return float(al(once, slice_, rows)[0]), al(weights, slice_, rows)

@@ -21,8 +21,10 @@ from speedbench.report.summary import Figure
 
 @dataclass(frozen=True, slots=True)
 class Overestimate:
-    """random / real, on the same engine and drafter.
+    """random / real, on the same engine and drafter, over conversations that did not fail.
 
+    al          ratio of the two `al`, arithmetic means over categories: not the AL ratio of a
+                comparison, which is of geometric ones
     output_tps  steady output TPS; its interval needs repeats of both arms
     differ      what else differs between the arms and is told, not refused
     lengths     mean tokens of (prompt, output) per request: of the random arm, of the real one

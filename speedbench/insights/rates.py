@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from speedbench import metrics, store
@@ -79,13 +82,19 @@ def output_tps(run: Run) -> tuple[Figure, Figure]:
     return whole, steady
 
 
+def why_no_gpu(manifest: Mapping[str, Any]) -> str:
+    """Why nothing of a run is told per GPU; '' if it can be."""
+    engine = manifest["engine"]
+    if engine.get("simulated") or engine.get("settings", {}).get("device") == "cpu":
+        return "the engine used no GPU"
+    return "" if manifest["environment"].get("gpus") else "no GPU was found on this machine"
+
+
 def n_gpus(arm: Arm) -> tuple[int, str]:
     """GPUs the arm's engines used, and why that is not known or none ('' otherwise)."""
     manifest = arm.manifest
-    config, engine = manifest["config"], manifest["engine"]
-    if engine.get("simulated") or engine.get("settings", {}).get("device") == "cpu":
-        return 0, "the engine used no GPU"
-    if not manifest["environment"].get("gpus"):
-        return 0, "no GPU was found on this machine"
+    if why := why_no_gpu(manifest):
+        return 0, why
+    config = manifest["config"]
     each = int(config["tp_size"]) * int(config["pp_size"]) * int(config["dp_size"])
     return each * store.n_replicas_of(manifest), ""

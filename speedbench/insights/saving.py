@@ -76,7 +76,7 @@ def saving(base: Arm, arm: Arm, resamples: Resamples | None = None) -> Saving:
         mine.conversations.categories,
         mine.conversations.category[here],
     )
-    weights = (resamples or Resamples()).weights(conversations.category)
+    weights = (resamples or Resamples()).weights(conversations.category, conversations.ids)
     everyone = np.ones(len(here), bool)
     degrees = 0 if rates.lone(conversations).any() else conversations.degrees(everyone)
     samples_would, samples_saved = weights @ would, weights @ (would - took)

@@ -5,7 +5,7 @@ The unit of resampling is the conversation; the same conversation in two repeats
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,10 @@ class Conversations:
     category: Ints
 
     def weights(self, n_resamples: int = stats.N_RESAMPLES, seed: int = 0) -> Floats:
-        """(B, C') bootstrap weights."""
-        return stats.bootstrap_weights(self.category, n_resamples, seed)
+        """(B, C') bootstrap weights, the same in whatever order the conversations ended."""
+        order = np.lexsort((np.array(self.ids, str), self.category))
+        found = stats.bootstrap_weights(self.category[order], n_resamples, seed)
+        return found[:, np.argsort(order)]
 
     def degrees(self, members: Bools) -> int:
         """Conversations less the categories they are in, of those that tell a number: (C',)."""
@@ -97,7 +99,7 @@ class Steps:
         group: (D,) of each step.
         """
         n = len(self.conversations.ids)
-        cell = self.conversation * n_groups + group
+        cell = self.conversation.astype(np.int64) * n_groups + group
         whole, cut = metrics.count_lengths(
             cell, self.length, self.censored, n * n_groups, self.draft_length
         )
@@ -113,29 +115,35 @@ def steps_of(arm: Arm) -> Steps:
     for number, (run, own) in enumerate(zip(arm.runs, codes, strict=True)):
         columns = run.columns
         kinds, length, censored = metrics.classified(columns, k, cut_short(run))
-        conversation = own[columns.conversation[columns.request]]
+        conversation = own[columns.conversation].astype(np.int32)[columns.request]
         chosen = (conversation >= 0) & (kinds != metrics.PREFILL) & (kinds != metrics.MERGED)
         lost = metrics.rejected(columns, kinds, length, censored, k)
         before = np.cumsum(columns.n_tokens) - columns.n_tokens
         first, _ = columns.first_and_last()
         began = np.zeros(columns.n_requests, np.int64)
         began[columns.request[first]] = before[first]
+        at = np.flatnonzero(chosen)
+        request, first_token = columns.request[at], before[at]
+        length, shown = length[at], columns.n_tokens[at]
         of_steps = {
-            "conversation": conversation,
+            "conversation": conversation[at],
             "length": length,
-            "censored": censored,
-            "position": before - began[columns.request],
-            "turn": columns.turn[columns.request],
-            "run": np.full(len(length), number, np.int64),
-            "request": columns.request,
-            "first_token": before,
-            "n_shown": columns.n_tokens,
-            "rejected": lost & (length == columns.n_tokens),
-            "hidden": ~censored & (length > columns.n_tokens),
+            "censored": censored[at],
+            "position": (first_token - began[request]).astype(np.int32),
+            "turn": columns.turn.astype(np.int32)[request],
+            "run": np.full(len(at), number, np.int32),
+            "request": request,
+            "first_token": first_token,
+            "n_shown": shown,
+            "rejected": lost[at] & (length == shown),
+            "hidden": ~censored[at] & (length > shown),
         }
         for name, values in of_steps.items():
-            parts[name].append(values[chosen])
-    joined = {name: np.concatenate(values) for name, values in parts.items()}
+            parts[name].append(values)
+    joined = {
+        name: values[0] if len(values) == 1 else np.concatenate(values)
+        for name, values in parts.items()
+    }
     return Steps(k, found, **joined)
 
 
@@ -160,16 +168,15 @@ class Measured:
         return next((one.fault for one in self.tokens if one.fault), "")
 
 
-def measured(arms: Sequence[Arm]) -> tuple[Measured, ...]:
-    """Arms that asked the same conversations share their weights, which are costly to draw."""
+def measured(arms: Sequence[Arm]) -> Iterator[Measured]:
+    """One arm after the other: the steps of all at once would be gigabytes. Arms that asked the
+    same conversations share their weights, which are costly to draw."""
     resamples = Resamples()
-    found = []
     for arm in arms:
         steps = steps_of(arm)
         tokens = tuple(tokens_of(run) for run in arm.runs)
-        weights = resamples.weights(steps.conversations.category)
-        found.append(Measured(arm, steps, tokens, weights))
-    return tuple(found)
+        weights = resamples.weights(steps.conversations.category, steps.conversations.ids)
+        yield Measured(arm, steps, tokens, weights)
 
 
 def cut_short(run: Run) -> Bools | None:
@@ -196,12 +203,14 @@ class Tokens:
 
 def tokens_of(run: Run) -> Tokens:
     """The output tokens of the run's requests (R,), in the order of its columns."""
-    lists = run.turns["output_token_ids"].take(pa.array(run.used))
+    lists = run.turns["output_token_ids"]
+    if not np.array_equal(run.used, np.arange(len(lists))):
+        lists = lists.take(pa.array(run.used))
     lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
     if isinstance(lists, pa.ChunkedArray):  # of no chunk
         lists = pa.concat_arrays(lists.chunks or [pa.array([], lists.type)])
     sizes = np.asarray(lists.value_lengths().fill_null(0).to_numpy(), np.int64)
-    ids = np.asarray(lists.flatten().to_numpy(), np.int64)
+    ids = np.asarray(lists.flatten().to_numpy(), np.int32)
     start = np.append(0, np.cumsum(sizes))
     columns = run.columns
     summed = np.bincount(columns.request, columns.n_tokens, columns.n_requests).astype(np.int64)
@@ -209,6 +218,8 @@ def tokens_of(run: Run) -> Tokens:
     fault = (
         f"{wrong} request(s) have another number of tokens than their steps sum to" if wrong else ""
     )
+    if not fault and (ids < 0).any():
+        fault = "the server tells how many tokens came, not which"
     return Tokens(ids, start, fault)
 
 

@@ -11,11 +11,15 @@ from typing import Any
 
 from speedbench import store
 from speedbench.checks import Check
+from speedbench.config import DEFAULTS
 from speedbench.report.merge import merged
 from speedbench.store import Run
 from speedbench.types import UserError
 
-NOT_IDENTITY = frozenset({"save_dir", "show_progress", "max_duration"})
+NOT_IDENTITY = frozenset(
+    {"save_dir", "show_progress", "max_duration", "stall_timeout", "goodput", "request_timeout",
+     "api_key_env", "metrics_url", "no_server_metrics"}
+)  # fmt: skip
 """Configuration fields in which repeats of one arm may differ. Not the shard: two shards of one run
 asked different rows, and neither repeats the other."""
 
@@ -169,8 +173,12 @@ def nearest(arm: Arm, bases: Sequence[Arm]) -> list[Arm]:
 
 def identity(manifest: Mapping[str, Any]) -> str:
     """What two runs must have in common to be repeats: configuration, inputs, engine, machine."""
-    config = {k: v for k, v in manifest["config"].items() if k not in NOT_IDENTITY}
-    if config.get("speculative_algorithm") == "NONE":
+    config = {
+        name: value
+        for name, value in manifest["config"].items()
+        if name not in NOT_IDENTITY and value != DEFAULTS.get(name)  # older runs have fewer fields
+    }
+    if manifest["config"].get("speculative_algorithm") == "NONE":
         config = {k: v for k, v in config.items() if k not in OF_DRAFTING}
     engine, machine = manifest["engine"], manifest["environment"]
     settings = {k: v for k, v in engine.get("settings", {}).items() if k not in OF_THE_MOMENT}
@@ -189,7 +197,10 @@ LABELLED = (
     ("target", "model_dir"),
     ("drafter", "draft_model_dir"),
     ("dataset", "dataset"),
+    ("server", "url"),
     ("concurrency", "concurrency"),
+    ("conversations per s", "request_rate"),
+    ("arrivals", "arrivals"),
     ("temperature", "temperature"),
     ("random ISL", "random_isl"),
     ("configuration", "speed_config"),

@@ -28,5 +28,10 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, float):
         return repr(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
-    text = clean(str(value))
-    return f"'{text}" if isinstance(value, str) and text.startswith(("=", "+", "-", "@")) else text
+    return quoted(value) if isinstance(value, str) else clean(str(value))
+
+
+def quoted(text: str) -> str:
+    """Text of a cell: one line, and none that a spreadsheet would compute."""
+    text = clean(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -56,6 +56,11 @@ def render(summary: Summary) -> dict[str, Any]:
     return _object({"schema": SCHEMA, **_run(summary)})
 
 
+def plain(schema: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of dataclasses as plain values, under the names of their fields."""
+    return _object({"schema": schema, **_mirror(values)})
+
+
 def _run(summary: Summary) -> dict[str, Any]:
     return {
         "title": title(summary),
@@ -83,6 +88,7 @@ def _run(summary: Summary) -> dict[str, Any]:
             name: found or {"n": 0, "why_not": DISTRIBUTIONS[name][2]}
             for name, found in summary.timing.items()
         },
+        "load": _mirror(summary.load),
         "curves": _mirror(summary.curves),
         "manifest": summary.manifest,
     }

@@ -8,13 +8,14 @@ One run: where it was stored, its checks, its throughput, and its conversations,
               are null where the request failed
     category, failed; where it failed nothing follows, and the category may not be known
     log_tps, log_step   natural logarithms of user TPS (1/s) and of the mean step time (s), or null
+    seconds    to the first tokens, after them, and until a client had sent the requests, or null
     log_ttft   mean over its turns of the natural logarithm of TTFT (s), or null
     lengths   decode steps by length, uncensored and then censored, K + 2 counts each
 Numbers are at full precision. The outputs themselves are not kept: two are the same or they are
 not, and where they part is not known.
 
 History
-  speedbench.baseline/1  without log_ttft
+  speedbench.baseline/1  without log_ttft and seconds
   speedbench.baseline/2  as above
 """
 
@@ -22,12 +23,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from speedbench import manifest as manifests
 from speedbench.checks import Check
 from speedbench.lossless import Answer
 from speedbench.report.sample import Sample, SampleRun
@@ -95,6 +98,7 @@ def _conversations(run: SampleRun) -> Iterator[dict[str, Any]]:
             row["log_tps"] = _number(found.log_tps[place])
             row["log_step"] = _number(found.log_step[place])
             row["log_ttft"] = _number(found.log_ttft[place])
+            row["seconds"] = [_number(value) for value in found.seconds[place]]
             row["lengths"] = [int(n) for n in found.lengths[place]]
         yield row
 
@@ -113,7 +117,7 @@ def _json(value: Any) -> str:
 def load(path: Path) -> Sample:
     """A pinned base. Raises UserError if the file is none, or is of a newer speedbench."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = manifests.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{path} is not there: make it with `speedbench compare --pin {path} RUN_DIR`"
@@ -121,7 +125,7 @@ def load(path: Path) -> Sample:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): pin the baseline again") from None
     schema, _, version = str(found.get("schema") if isinstance(found, dict) else "").partition("/")
-    if schema != SCHEMA or not version.isdigit():
+    if schema != SCHEMA or re.fullmatch("[0-9]{1,6}", version) is None:
         raise UserError(
             f"{path} is no baseline file: make one with `speedbench compare --pin FILE RUN_DIR`"
         )
@@ -130,22 +134,39 @@ def load(path: Path) -> Sample:
             f"{path} has version {version}, this speedbench reads up to {VERSION}: install a newer "
             "one, or pin the baseline again"
         )
+    manifests.refuse_damaged(found.get("manifest"), str(path))
     try:
         return Sample(
             str(found["label"]),
             found["manifest"],
-            tuple(_run(run) for run in found["runs"]),
+            tuple(_run(run, found["manifest"]) for run in _filled(found["runs"])),
             str(path),
         )
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (
+        AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError
+    ) as error:  # fmt: skip
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): pin the baseline again"
         ) from None
 
 
-def _run(found: Mapping[str, Any]) -> SampleRun:
+def _filled(runs: Any) -> list[Any]:
+    if not isinstance(runs, list) or not runs:
+        raise ValueError("it holds no run")
+    return runs
+
+
+def _run(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> SampleRun:
     value, why_not = found["output_tps"]
     rows = found["conversations"]
+    for row in rows:
+        _refuse_odd(row, int(manifest["engine"]["draft_length"]), found["categories"])
+    if len({row["id"] for row in rows}) < len(rows):
+        raise ValueError("a conversation stands twice")
+    if value is not None and not (_is_number(value) and value > 0):
+        raise ValueError(f"output_tps is {value!r:.60}")
+    if any(level not in LEVELS for level, _ in found["checks"]):
+        raise ValueError("a check has no level that there is")
     return SampleRun(
         source=str(found["source"]),
         started=tuple((str(at), int(ns)) for at, ns in found["started"]),
@@ -162,10 +183,46 @@ def _run(found: Mapping[str, Any]) -> SampleRun:
     )
 
 
+LEVELS = ("error", "warning", "note")
+
+
+def _refuse_odd(row: Mapping[str, Any], draft_length: int, categories: Sequence[str]) -> None:
+    """Raise ValueError for a conversation that `_conversations` cannot have written."""
+    name = row["id"]
+    if not isinstance(name, str) or not isinstance(row["failed"], bool):
+        raise ValueError(f"a conversation has the id {name!r:.60}, or does not say if it failed")
+    for turn, prompt, n_tokens, answer in row["turns"]:
+        known = (_is_count(n_tokens), isinstance(answer, str))
+        told = known == (True, True) or (n_tokens, answer) == NONE
+        if not (_is_count(turn) and isinstance(prompt, str) and told):
+            raise ValueError(f"a turn of {name!r:.60} is not as it was written")
+    if row["failed"]:
+        return
+    lengths = row["lengths"]
+    if row["category"] not in categories:
+        raise ValueError(f"{name!r:.60} has the category {row['category']!r:.60}, unknown here")
+    if len(lengths) != 2 * (draft_length + 2) or not all(map(_is_count, lengths)):
+        raise ValueError(f"{name!r:.60} has no 2 (K + 2) counts of steps by length")
+    for field in ("log_tps", "log_step", "log_ttft"):
+        value = row.get(field)
+        if value is not None and not (_is_number(value) and abs(value) < LARGEST_LOG):
+            raise ValueError(f"{field} of {name!r:.60} is {value!r:.60}")
+
+
+LARGEST_LOG = 100.0
+"""Of a rate or a time in seconds: e^100 is longer than the universe is old."""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _measured(rows: Sequence[Mapping[str, Any]]) -> Measured:
     good = [row for row in rows if not row["failed"]]
-    if len({len(row["lengths"]) for row in good}) > 1:
-        raise ValueError("the histograms are not of one width")
     return Measured(
         place={row["id"]: i for i, row in enumerate(good)},
         failed=frozenset(row["id"] for row in rows if row["failed"]),
@@ -173,6 +230,7 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> Measured:
         log_tps=_floats([row["log_tps"] for row in good]),
         log_step=_floats([row["log_step"] for row in good]),
         log_ttft=_floats([row.get("log_ttft") for row in good]),  # not in version 1
+        seconds=np.array([_floats(row.get("seconds", [None] * 3)) for row in good]).reshape(-1, 3),
         lengths=np.array([row["lengths"] for row in good], np.int64).reshape(len(good), -1),
         asked={row["id"]: tuple((int(t[0]), str(t[1])) for t in row["turns"]) for row in rows},
     )

@@ -16,6 +16,8 @@ from speedbench.types import UserError
 
 CONFIG = (
     "concurrency",
+    "request_rate",
+    "arrivals",
     "output_length",
     "temperature",
     "top_p",

@@ -25,6 +25,8 @@ from speedbench.report.sides import Side
 from speedbench.report.summary import Figure
 from speedbench.types import UserError
 
+NOT_SERVED = Figure(None, why_not="no server was asked")
+
 
 @dataclass(frozen=True, slots=True)
 class CategoryComparison:
@@ -78,6 +80,22 @@ class BetweenRuns:
 
 
 @dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where an embedded and a served run part: seconds of a conversation, over its turns, meaned
+    within categories and then over them.
+
+    part        "until the first tokens", "after them", or "together"
+    base, arm   of each arm
+    difference  arm - base, paired per conversation
+    """
+
+    part: str
+    base: Figure
+    arm: Figure
+    difference: Figure
+
+
+@dataclass(frozen=True, slots=True)
 class ArmComparison:
     """One arm against the base: overall figures are means over the categories that have any.
 
@@ -89,6 +107,8 @@ class ArmComparison:
     detectable   the least relative change of user TPS that such a comparison finds with 80 % power
                  at the 5 % level, from the interval of `between.total`
     n_left_out   why -> conversations that are in no paired figure
+    whereabouts  of runs of which one asked a server; empty of others
+    client       seconds of a conversation until the served arm's client had sent its requests
     checks       about the two as a pair, then those of the arm's own runs
     """
 
@@ -102,6 +122,8 @@ class ArmComparison:
     detectable: Figure
     n_left_out: Mapping[str, int]
     checks: tuple[Check, ...]
+    whereabouts: tuple[Whereabouts, ...] = ()
+    client: Figure = NOT_SERVED
 
 
 def overall_speedup(one: ArmComparison) -> Figure:
@@ -164,6 +186,7 @@ def _arm(base: Sample, arm: Sample) -> ArmComparison:
     both, left_out = _sides(base, arm)
     *by_category, overall = _rows(both)
     checks = [*_doubts(base, arm, both, left_out), *_own_checks(arm)]
+    is_served = _asks_a_server(base) or _asks_a_server(arm)
     between = _between(both, overall.user_tps, [side.log_tps for side in both.each])
     between_ttft = _between(both, overall.ttft, [side.log_ttft for side in both.each])
     return ArmComparison(
@@ -177,7 +200,40 @@ def _arm(base: Sample, arm: Sample) -> ArmComparison:
         detectable=_detectable(between.total if between.n_rounds > 1 else overall.user_tps),
         n_left_out=left_out,
         checks=tuple(dict.fromkeys(checks)),
+        whereabouts=tuple(_whereabouts(both)) if is_served else (),
+        client=_client(both, base, arm) if is_served else NOT_SERVED,
     )
+
+
+PARTS = ("until the first tokens", "after them", "together")
+
+
+def _asks_a_server(arm: Sample) -> bool:
+    return bool(arm.manifest["config"].get("url"))
+
+
+def _whereabouts(both: _Both) -> Iterator[Whereabouts]:
+    base, arm = (side.seconds.mean(axis=0)[:, :2] for side in both.each)
+    columns = [(base[:, i], arm[:, i]) for i in (0, 1)]
+    columns.append((base.sum(axis=1), arm.sum(axis=1)))
+    for name, (mine, theirs) in zip(PARTS, columns, strict=True):
+        each = [
+            both.means(v, side.category) for v, side in zip((mine, theirs), both.each, strict=True)
+        ]
+        found = (*each, both.contrast(mine, theirs))
+        figures = (_figures(both, one, NO_PAIR, SINGLE, _as_it_is)[-1] for one in found)
+        yield Whereabouts(name, *figures)
+
+
+def _client(both: _Both, base: Sample, arm: Sample) -> Figure:
+    """Of the arm, if it asked a server, else of the base."""
+    side = both.arm if _asks_a_server(arm) else both.base
+    found = both.means(side.seconds.mean(axis=0)[:, 2], side.category)
+    return _figures(both, found, "the client did not tell when it sent", SINGLE, _as_it_is)[-1]
+
+
+def _as_it_is(values: Floats) -> Floats:
+    return values
 
 
 def _own_checks(arm: Sample) -> Iterator[Check]:
@@ -217,7 +273,7 @@ class _Both:
         )
         return stats.difference(theirs, mine)
 
-    def means(self, values: Floats, category: Ints, size: Floats | None) -> stats.Estimate:
+    def means(self, values: Floats, category: Ints, size: Floats | None = None) -> stats.Estimate:
         """(G + 1,) of one number per conversation (P,)."""
         known, n = ~np.isnan(values), len(self.categories)
         size = None if size is None else size[known]

@@ -57,7 +57,7 @@ def draw(blocks: Iterable[Block], console: Console) -> None:
                 for line in lines:
                     console.print(Text(clean(line)))
             case Facts():
-                console.print(_facts(block))
+                console.print(_facts(block, console.width))
             case Table():
                 if block.caption:
                     console.print(Text(clean(block.caption), "italic"))
@@ -66,10 +66,11 @@ def draw(blocks: Iterable[Block], console: Console) -> None:
                 raise AssertionError("as_text leaves none")
 
 
-def _facts(facts: Facts) -> RichTable:
-    """Labels, and beside them text that wraps within its own column."""
+def _facts(facts: Facts, width: int) -> RichTable:
+    """Labels, and beside them text that wraps within its own column. Long labels wrap, too, so that
+    the text keeps two thirds of the width."""
     grid = RichTable.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
+    grid.add_column(max_width=max(WORDS_WIDTH, width // 3), overflow="fold")
     grid.add_column(overflow="fold")
     for label, text, style in facts.items:
         grid.add_row(Text(clean(label), STYLES[style] or "dim"), Text(clean(text), STYLES[style]))
@@ -108,8 +109,15 @@ def _draw_table(table: Table, console: Console) -> None:
 
 
 def _cleaned(table: Table) -> Table:
-    """With harmless cells: line breaks in them are ours from here on."""
-    return replace(table, rows=tuple(tuple(map(clean, row)) for row in table.rows))
+    """With harmless cells and headers: line breaks in them are ours from here on."""
+    return replace(
+        table,
+        columns=tuple(
+            replace(column, header="\n".join(map(clean, column.header.split("\n"))))
+            for column in table.columns
+        ),
+        rows=tuple(tuple(map(clean, row)) for row in table.rows),
+    )
 
 
 # ---------------------------------------------------------------- tables that are too wide

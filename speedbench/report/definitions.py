@@ -429,6 +429,26 @@ _TERMS = (
         ("output-tps speedup", "output-tps ratio", "output tps speedup"),
     ),
     Term(
+        "arrivals",
+        "Arrivals",
+        "conversations that came per second whatever the engine did (an open loop), and those that "
+        "ended in the second half of the time in which they came; a turn that had to wait for a "
+        "place was submitted when it was due",
+        "",
+        "1/s",
+        "",
+        ("offered rate", "completed rate"),
+    ),
+    Term(
+        "goodput",
+        "Goodput",
+        "requests that kept every stated limit, over the wall time from the first submission to "
+        "the last token, and as a share of all requests (Wilson's interval); what failed kept none",
+        "",
+        "1/s",
+        "Zhong et al. 2024 (DistServe), arXiv:2401.09670, section 2",
+    ),
+    Term(
         "ttft_ratio",
         "TTFT ratio",
         "geometric mean of the paired ratios of TTFT, of a conversation the geometric mean over "

@@ -34,6 +34,10 @@ from speedbench.types import UserError
 MANY_ARMS = 3
 """More arms than this are compared in parts that a page folds away."""
 
+OF_ALL = (
+    "AL: over all conversations of an arm that did not fail; beside a speedup it is of the paired "
+    "ones"
+)
 BY_CATEGORY = "tokens per decode step; Overall: the mean over the categories, n/a if one is"
 
 
@@ -174,7 +178,9 @@ def _overview(each: Sequence[Told]) -> Iterator[Block]:
         )
     headers = ("Runs", "Conversations", "AL", "95 % interval")
     yield Table(
-        (Column("Arm", words=True), *(Column(h) for h in headers)), tuple(rows), cells.notes()
+        (Column("Arm", words=True), *(Column(h) for h in headers)),
+        tuple(rows),
+        (*cells.notes(), OF_ALL),
     )
     yield from layout_charts.of_arms({one.arm.label: one.whole for one in each})
     yield from _by_category(each)

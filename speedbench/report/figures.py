@@ -34,6 +34,8 @@ INTERVAL = "95 %"
 LINE = 15.0
 PLOT_HEIGHT = 190.0
 GAP = 6.0
+MOST_LINES = 5
+"""Of the name of a place."""
 MANY = 40
 """Lines of more points than this have no markers."""
 
@@ -168,12 +170,12 @@ class _Drawing:
     def _across(self, top: float) -> float:
         """Places go down, values right."""
         most = 0.42 * WIDTH
-        names = [fitted(name, most - GAP, 2) for name in self.slots]
+        names = self._told_apart(most - GAP)
         left = GAP + 4 + max((text_width(line) for lines in names for line in lines), default=20.0)
         right = WIDTH - 14.0
         height = max(22.0, 11.0 * len(self.dodged) + 8) * max(1, len(self.slots))
-        if any(len(lines) > 1 for lines in names):
-            height = max(height, (2 * LINE + 4) * len(self.slots))
+        if (n_lines := max(map(len, names), default=1)) > 1:
+            height = max(height, (n_lines * LINE + 4) * len(self.slots))
         if not self.slots:
             height = PLOT_HEIGHT
         bottom = top + height
@@ -194,6 +196,14 @@ class _Drawing:
             for j, line in enumerate(lines):
                 self._words(left - GAP, first + LINE * j, line, "end")
         return self._axis_label(self.value_axis, (left + right) / 2, bottom + LINE)
+
+    def _told_apart(self, width: float) -> list[list[str]]:
+        """Names of the places in as many lines as it takes for no two to be cut to the same."""
+        for n_lines in range(2, MOST_LINES + 1):
+            names = [fitted(name, width, n_lines) for name in self.slots]
+            if len(set(map(tuple, names))) == len(set(self.slots)):
+                break
+        return names
 
     def _axis_label(self, axis: Axis, middle: float, lowest: float) -> float:
         lines = fitted(_label(axis), WIDTH - 8, 2)
@@ -356,7 +366,7 @@ class _Drawing:
         named = f"{series.names[i]}: " if series.names else ""
         text = f"{series.label}: {named}{place}, {self.value_axis.label} {series.y[i]:.6g}"
         if series.low and math.isfinite(series.low[i]):
-            text += f" ({series.bounds} {series.low[i]:.6g}-{series.high[i]:.6g})"
+            text += f" ({series.bounds} {series.low[i]:.6g} to {series.high[i]:.6g})"
         return text
 
     def _path(self, series: Series, dash: str) -> None:

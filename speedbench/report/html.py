@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, ClassVar
@@ -139,7 +140,8 @@ class RowView:
 
 @dataclass(frozen=True, slots=True)
 class TableView:
-    """`hidden_caption`: the heading above says it, so that only a screen reader needs it again."""
+    """`hidden_caption`: the heading above says it, so that only a screen reader needs it again.
+    `wide`: more than a telephone shows, which says that it can be scrolled."""
 
     kind: ClassVar[str] = "table"
     id: str
@@ -149,6 +151,7 @@ class TableView:
     rows: tuple[RowView, ...]
     notes: tuple[str, ...]
     total: bool
+    wide: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,25 @@ class PartView:
     items: list[ItemView]
 
 
+NARROW = 44
+"""Characters, gaps between columns counted as two, that a telephone shows of a table."""
+
+
+def _is_wide(table: Table) -> bool:
+    cells = [
+        [column.header, *(row[i] for row in table.rows)] for i, column in enumerate(table.columns)
+    ]
+    widths = (max(len(line) for cell in column for line in cell.split("\n")) for column in cells)
+    words = 20  # of the first column and others of words: these wrap
+    return (
+        sum(
+            2 + (min(width, words) if i == 0 or column.words else width)
+            for i, (column, width) in enumerate(zip(table.columns, widths, strict=True))
+        )
+        > NARROW
+    )
+
+
 class _Page:
     """Turns blocks into views; gives ids, and remembers which terms are linked to."""
 
@@ -199,6 +221,7 @@ class _Page:
         self._under = ""
         self._n_tables = 0
         self._level = 1
+        self._said: set[str] = set()  # notes since the last heading of level 2
 
     def parts(self, blocks: Iterable[Block]) -> list[PartView]:
         parts = [PartView(None, [])]
@@ -222,9 +245,17 @@ class _Page:
         """A folded part; the blocks in it are a report of their own, whose title its title is."""
         heading = self._heading(section.title, deeper + 2)
         items: list[ItemView] = []
-        for block in section.blocks:
-            self._add(items, block, deeper + 1)
+        with self._folded():
+            for block in section.blocks:
+                self._add(items, block, deeper + 1)
         return SectionView(f"{heading.id}-part", heading, tuple(items))
+
+    @contextmanager
+    def _folded(self) -> Iterator[None]:
+        """What is folded away says its own notes, and says none for what is not."""
+        said, self._said = self._said, set()
+        yield
+        self._said = said
 
     def _add(self, items: list[ItemView], block: Block, deeper: int) -> None:
         """One more block; its headings stand so many levels deeper than they say."""
@@ -251,6 +282,8 @@ class _Page:
     def _heading(self, text: str, level: int) -> HeadingView:
         """No level is skipped on the way down."""
         self._under, self._n_tables = clean(text), 0
+        if level == 2:
+            self._said = set()
         self._level = min(level, self._level + 1, DEEPEST)
         return HeadingView(self._id(clean(text)), clean(text), self._level, self._term(text))
 
@@ -268,6 +301,8 @@ class _Page:
         self._n_tables += 1
         number = f", table {self._n_tables}" if self._n_tables > 1 else ""
         own = clean(table.caption or caption)
+        notes = [note for note in map(clean, table.notes) if note not in self._said]
+        self._said.update(notes)
         return TableView(
             id=self._id("table"),
             caption=own or f"{self._under}{number}",
@@ -284,13 +319,15 @@ class _Page:
                 RowView(tuple(map(clean, row)), self._term(row[0], table.terms.get(row[0], "")))
                 for row in table.rows
             ),
-            notes=tuple(map(clean, table.notes)),
+            notes=tuple(notes),
             total=table.total,
+            wide=_is_wide(table),
         )
 
     def _figure(self, chart: Chart) -> FigureView:
         id = self._id(chart.id)
-        table = self._table(chart.table, f"Numbers of the figure: {clean(chart.title)}")
+        with self._folded():
+            table = self._table(chart.table, f"Numbers of the figure: {clean(chart.title)}")
         return FigureView(id, clean(chart.title), _markup(figures.svg(chart, f"{id}-svg")), table)
 
     def _term(self, words: str, given: str = "") -> Term | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from speedbench import presets
@@ -23,6 +23,8 @@ from speedbench.report.blocks import (
     clean,
 )
 from speedbench.report.definitions import DEFINITIONS
+from speedbench.report.layout_load import of_load
+from speedbench.report.layout_stalls import of_stalls
 from speedbench.report.summary import Figure, Summary
 from speedbench.store import n_replicas_of
 
@@ -43,6 +45,7 @@ def of_run(summary: Summary) -> Iterator[Block]:
     yield Paragraph(totals(summary))
     yield from checks([("", summary.checks)])
     yield provenance({"": summary})
+    yield from of_stalls(Path(summary.run_dir))
     yield Heading("In short")
     yield in_short(summary)
     yield from acceptance(summary)
@@ -54,6 +57,7 @@ def timing(summary: Summary, prefix: str = "") -> Iterator[Block]:
     yield Heading("Timing")
     yield _throughput(summary)
     yield _distributions(summary)
+    yield from of_load(summary.load)
     yield from layout_charts.of_timing(summary, prefix)
     if summary.curves.timeline is None:
         yield Paragraph(f"Nothing is drawn over time: {summary.curves.why_no_timeline}.", "note")
@@ -460,7 +464,8 @@ def _provenance(summary: Summary) -> Facts:
     facts = {
         "prompts": f"{prompts['n_prompts']} prompts, {turns.get(prompts['turns'], '')}; "
         f"tokenizer {prompts['tokenizer']}",
-        "fingerprint": prompts["fingerprint"],
+        "fingerprint": prompts["fingerprint"]
+        + (", of the first turns' token IDs" if prompts["turns"] == "first" else ""),
         "dataset": f"{dataset['name']}, {sum(dataset['expected'].values())} rows, "
         f"{dataset['path']}{_origin(dataset.get('origin'))}",
         "sha256": dataset["sha256"],

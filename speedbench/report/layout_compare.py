@@ -48,6 +48,9 @@ RESIDUAL = (
     "acceptance length: last steps that show fewer tokens than were accepted, and that a "
     "conversation counts once in a speedup, but as often as it has steps in an AL."
 )
+OVER_THESE = (
+    "AL: over the conversations of this table alone; of all conversations of an arm it may differ"
+)
 MEANS = (
     "Overall: an AL is the mean over categories, a ratio the geometric mean; so the overall AL "
     "ratio is not the ratio of the overall ALs"
@@ -117,6 +120,35 @@ def _of_arm(one: ArmComparison, comparison: Comparison, prefix: str) -> Iterator
     yield _parts_table(one)
     yield _predicted_table(one)
     yield _parts_chart(one, prefix)
+    if one.whereabouts:
+        yield from _served(one)
+
+
+def _served(one: ArmComparison) -> Iterator[Block]:
+    """Where the time between an embedded and a served run is spent."""
+    yield Heading("Where embedded and served part", 3)
+    rows = []
+    for part in one.whereabouts:
+        told = (part.base, part.arm, part.difference)
+        bounds = part.difference.interval
+        rows.append(
+            (
+                part.part,
+                *(NO_VALUE if f.value is None else number(f.value) for f in told),
+                NO_VALUE if bounds is None else interval(bounds),
+            )
+        )
+    headers = ("Base", "Arm", "Difference", INTERVALS)
+    yield Table(
+        (Column("Seconds of a conversation", words=True), *map(Column, headers)),
+        tuple(rows),
+        total=True,
+    )
+    yield Paragraph(
+        "Of the time until the first tokens, the client's own, from submitting to sending: "
+        f"{sentence(one.client, 's')}. What else a server adds there is the network and its front "
+        "end; after the first tokens it is the engine's steps, and how soon they reach the client."
+    )
 
 
 # ---------------------------------------------------------------- in words
@@ -224,8 +256,9 @@ def _traced(row: CategoryComparison) -> str:
 
 
 def _rows(one: ArmComparison) -> tuple[CategoryComparison, ...]:
-    """Categories, and overall."""
-    return (*one.by_category, one.overall)
+    """Categories, and overall; of arms that were asked different prompts, those that both have."""
+    known = [row for row in one.by_category if one.paired or (row.n_base and row.n)]
+    return (*known, one.overall)
 
 
 def _marked(text: str, ratio: Figure) -> str:
@@ -291,6 +324,7 @@ def _speedup_table(one: ArmComparison, over_baseline: bool) -> Table:
     notes = (
         *cells.notes(),
         MEANS,
+        OVER_THESE,
         *([REPEATED] if overall_speedup(one) is one.between.total else ()),
     )
     return Table(columns, rows, notes, total=True)

@@ -62,7 +62,8 @@ def _identity(found: Overview, built: Path | None) -> dict[str, str]:
     facts = {"source": f"{source['repository']} at {source['revision']}", **facts}
     if tool is not None:
         facts["preparer"] = f"{tool['repository']} at {tool['commit']}"
-    facts["licences"] = identity["licences"][0]["name"] + (
+    first = identity["licences"][0]["name"] if identity["licences"] else "none was shown"
+    facts["licences"] = first + (
         f", and those of {len(identity['licences']) - 1} sources"
         if len(identity["licences"]) > 1
         else ""

@@ -15,7 +15,8 @@ WORDS: Mapping[Outcome, tuple[str, Style]] = {
 
 NOTE = (
     "A gate passes when the whole 95 % interval of the change lies within its margin, fails when "
-    "it lies beyond, and is inconclusive else: more conversations or repeats narrow the interval."
+    "it lies beyond, and is inconclusive else: more conversations or repeats narrow the interval. "
+    "Of lossless, changes are differences of shares in percentage points."
 )
 
 

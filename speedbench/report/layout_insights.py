@@ -11,6 +11,7 @@ from speedbench.insights.options import InsightOptions
 from speedbench.insights.position import Slice, Slices
 from speedbench.insights.saving import Saving
 from speedbench.insights.vocabulary import ASSUMPTION, Coverage
+from speedbench.report import layout_served_times, layout_server
 from speedbench.report.arms import Arm
 from speedbench.report.blocks import (
     Axis,
@@ -46,6 +47,8 @@ def of_insights(found: Insights) -> Iterator[Block]:
         yield Paragraph(sentence, "warning")
     for sentence in found.wanted:
         yield Paragraph(sentence, "note")
+    yield from layout_server.of_served(found.served)
+    yield from layout_served_times.of_served_times(found.served_times)
     yield from _vocabulary(found)
     yield from _random(found)
     yield from _experts(found)
@@ -160,9 +163,9 @@ def _series(
 TERMS = {
     "Share of tokens": "outside_vocabulary",
     "Measured AL": "al",
-    "AL ratio": "overestimate",
-    "User TPS ratio": "overestimate",
-    "Output TPS ratio": "overestimate",
+    "AL random/real": "overestimate",
+    "User TPS random/real": "overestimate",
+    "Output TPS random/real": "overestimate",
     "Imbalance": "expert_activation",
     "Entropy": "expert_activation",
     "Experts used": "expert_activation",
@@ -261,6 +264,13 @@ def _vocabulary_table(one: Coverage) -> Table:
 # ---------------------------------------------------------------- random tokens
 
 
+OVER_ALL = (
+    "over every conversation of each arm that did not fail. AL: the overall AL of the one over "
+    "that of the other, which are means over categories; the AL ratio of `compare --allow prompts` "
+    "is of geometric means, over conversations of every repeat, and may differ a little"
+)
+
+
 def _random(found: Insights) -> Iterator[Block]:
     if not found.overestimates and not found.unpaired:
         return
@@ -279,7 +289,7 @@ def _random(found: Insights) -> Iterator[Block]:
         yield Paragraph(
             f"Random prompts ({one.random}) against real ones ({one.real}): user TPS is "
             f"{sure(one.user_tps, plain)} times, output TPS {sure(one.output_tps, plain)} times, "
-            f"AL {sure(one.al, plain)} times as high."
+            f"the overall AL {sure(one.al, plain)} times as high."
         )
         (random_in, random_out), (real_in, real_out) = one.lengths
         rows.append(
@@ -294,12 +304,12 @@ def _random(found: Insights) -> Iterator[Block]:
             )
         )
     also = sorted({name for one in found.overestimates for name in one.differ})
-    notes = [f"the arms also differ in {', '.join(f'--{name}' for name in also)}"]
+    notes = [f"the arms also differ in {', '.join(f'--{name}' for name in also)}"] if also else []
     headers = _columns(
-        "Random", "Real", "AL ratio", "User TPS\nratio", "Output TPS\nratio",
+        "Random", "Real", "AL\nrandom/real", "User TPS\nrandom/real", "Output TPS\nrandom/real",
         "Prompt/output\ntokens, random", "Prompt/output\ntokens, real", words=2,
     )  # fmt: skip
-    yield Table(headers, tuple(rows), (*cells.notes(), *(notes if also else ())))
+    yield Table(headers, tuple(rows), (*cells.notes(), OVER_ALL, *notes))
 
 
 # ---------------------------------------------------------------- experts
@@ -467,8 +477,8 @@ def _along_finding(title: str, one: Slices) -> str:
         low, high = last.difference.interval
         verdict = ", not significant" if low <= 0 <= high else ""
     return (
-        f"{text} and {sure(last.al, plain)} in '{last.label}', which is "
-        f"{sure(last.difference, signed)} against the same conversations' first part{verdict}."
+        f"{text} and {sure(last.al, plain)} in '{last.label}': a difference of "
+        f"{sure(last.difference, signed)} from the first part of the same conversations{verdict}."
     )
 
 

@@ -49,6 +49,8 @@ HOW_SAMPLED = (
     "prompts make up for others, nor, with few conversations, a small one: finding nothing proves "
     "nothing. Categories are exploratory, adjusted (Holm) for their number."
 )
+HOW = (HOW_GREEDY, HOW_SAMPLED)
+"""What stands between the verdicts and their numbers."""
 
 
 def of_losslessness(found: Sequence[tuple[str, Losslessness]]) -> Iterator[Block]:

@@ -6,7 +6,8 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 
-from speedbench.report.blocks import Block, Column, Heading, Table, clean
+from speedbench.report.as_csv import quoted
+from speedbench.report.blocks import Block, Column, Heading, Table
 from speedbench.report.matrix import NOTES, Matrix, MatrixRow, Metric
 from speedbench.report.summary import Figure
 
@@ -58,13 +59,13 @@ def to_csv(matrix: Matrix) -> str:
     """Model, the categories, Overall: values alone, empty where there is none."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["Model", *(clean(name) for name in matrix.categories), "Overall"])
+    writer.writerow(["Model", *map(quoted, matrix.categories), "Overall"])
     for row in matrix.rows:
         cells = (
             f"{figure.value:.4f}" if figure and figure.value is not None else ""
             for figure in _figures(matrix, row)
         )
-        writer.writerow([clean(row.model), *cells])
+        writer.writerow([quoted(row.model), *cells])
     return out.getvalue()
 
 

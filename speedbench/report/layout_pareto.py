@@ -57,7 +57,10 @@ def of_pareto(found: Pareto) -> Iterator[Block]:
         yield _best_table(found.best)
     if found.break_even:
         yield Heading("Where speculation stops paying", 3)
-        yield _break_even_facts(found)
+        facts = _break_even_facts(found)
+        yield facts
+        if any(NO_INTERVAL in text for _, text, _ in facts.items):
+            yield Paragraph(WITHOUT_INTERVAL, "note")
     for note in found.notes:
         yield Paragraph(note, "note")
 
@@ -351,6 +354,10 @@ def _k(k: int | None) -> str:
     return NO_VALUE if k is None else f"K={k}"
 
 
+NO_INTERVAL = "it has no interval"
+WITHOUT_INTERVAL = "Without an interval, another run may say otherwise: an interval needs repeats."
+
+
 def _break_even_facts(found: Pareto) -> Facts:
     speedups = {(s.setting, s.drafter, s.draft_length, s.concurrency): s for s in found.speedups}
     items: list[tuple[str, str, Style]] = []
@@ -377,10 +384,7 @@ def break_even_sentence(
     if unsure:
         text += f" The speedup is not significant at {_listed(unsure)}."
     if untold:
-        text += (
-            f" At {_listed(untold)} it has no interval, and another run may say otherwise: that "
-            "needs repeats."
-        )
+        text += f" At {_listed(untold)} {NO_INTERVAL}."
     return text
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from speedbench import store
+from speedbench.config import DEFAULTS
 from speedbench.store import Run
 from speedbench.types import UserError
 
-NOT_COMPARED = frozenset({"save_dir", "show_progress", "max_duration", "shard"})
+NOT_COMPARED = frozenset(
+    {"save_dir", "show_progress", "max_duration", "stall_timeout", "goodput", "shard"}
+)
 """Configuration fields in which shards of one run may differ."""
 
 WORST_FIRST = ("failed", "running", "partial", "complete")
@@ -33,7 +36,10 @@ def _refuse_other(first: Run, other: Run) -> None:
     compared: dict[str, tuple[Any, Any]] = {}
     for section, prefix in (("config", "--"), ("engine", "the engine's ")):
         for name in sorted({*mine[section], *theirs[section]} - NOT_COMPARED):
-            compared[f"{prefix}{name}"] = (mine[section].get(name), theirs[section].get(name))
+            default = DEFAULTS.get(name) if section == "config" else None  # of an older run
+            compared[f"{prefix}{name}"] = (
+                mine[section].get(name, default), theirs[section].get(name, default),
+            )  # fmt: skip
     for what, section, name in (
         ("the dataset's sha256", "dataset", "sha256"),
         ("the prompts' fingerprint", "prompts", "fingerprint"),
@@ -63,6 +69,16 @@ def _refuse_overlap(runs: Sequence[Run]) -> None:
             whose[name] = run
 
 
+def missing_shards(shards: Sequence[str | None]) -> list[str]:
+    """Of the shares that 'r/R' are of, those that are not among them; none of runs that are no
+    shares, or are shares of different cuts."""
+    cuts = {shard.partition("/")[2] for shard in shards if shard}
+    if None in shards or len(cuts) != 1:
+        return []
+    (cut,) = cuts
+    return [share for r in range(int(cut)) if (share := f"{r}/{cut}") not in shards]
+
+
 def _manifest(runs: Sequence[Run]) -> dict[str, Any]:
     """Of the union: what all have in common, and the sum of what they hold."""
     manifests = [run.manifest for run in runs]
@@ -76,6 +92,7 @@ def _manifest(runs: Sequence[Run]) -> dict[str, Any]:
         **first,
         "status": min((m["status"] for m in manifests), key=WORST_FIRST.index),
         "merged": [str(run.directory) for run in runs],
+        "missing_shards": missing_shards([m["config"].get("shard") for m in manifests]),
         "config": {**first["config"], "save_dir": None, "shard": None},
         # Against all rows, so that a shard that is not among them is missed.
         "dataset": {**first["dataset"], "expected": dict(selected or expected)},

@@ -242,6 +242,8 @@ def gpus_of(manifest: Mapping[str, Any]) -> tuple[int, str]:
         return 1, "the engine is simulated"
     if engine.get("settings", {}).get("device") == "cpu":
         return 1, "the engine used no GPU"
+    if config.get("url"):
+        return 1, "the GPUs of the server are not known"
     if not manifest["environment"].get("gpus"):
         return 1, "no GPU was found on the machine"
     return n * n_replicas_of(manifest), ""

@@ -12,8 +12,9 @@ from speedbench.columns import Floats, Ints
 from speedbench.store import Run
 
 
-def pooled(runs: Sequence[Run]) -> tuple[metrics.Acceptance, tuple[str, ...]]:
-    """What each conversation contributes over all repeats, and the categories' names.
+def pooled(runs: Sequence[Run]) -> tuple[metrics.Acceptance, tuple[str, ...], tuple[str, ...]]:
+    """What each conversation contributes over all repeats, the categories' names, and the
+    conversations'.
 
     A conversation's steps of all runs are added up, so that it stays one unit of resampling: its
     repeats say little new of other prompts. Where it failed in one run, the others tell of it.
@@ -44,26 +45,31 @@ def pooled(runs: Sequence[Run]) -> tuple[metrics.Acceptance, tuple[str, ...]]:
 
     whole = summed("whole")
     longest = max(len(one.as_published) for one in each)
-    return metrics.Acceptance(
-        n_categories=len(categories),
-        category=np.array(category, np.int64),
-        whole=whole,
-        cut=summed("cut"),
-        whole_verify=summed("whole_verify"),
-        cut_verify=summed("cut_verify"),
-        whole_offered=summed("whole_offered"),
-        cut_offered=summed("cut_offered"),
-        mean_uncut=_ratio(whole @ np.arange(whole.shape[1]), whole.sum(axis=1)),
-        mean_all=_mean_over_runs(len(place), places, [one.mean_all for one in each]),
-        n_verify=sum(one.n_verify for one in each),
-        n_plain=sum(one.n_plain for one in each),
-        n_decode=sum(one.n_decode for one in each),
-        n_merged=sum(one.n_merged for one in each),
-        n_events=sum(one.n_events for one in each),
-        as_published=np.sum(
-            [np.pad(one.as_published, (0, longest - len(one.as_published))) for one in each], axis=0
+    return (
+        metrics.Acceptance(
+            n_categories=len(categories),
+            category=np.array(category, np.int64),
+            whole=whole,
+            cut=summed("cut"),
+            whole_verify=summed("whole_verify"),
+            cut_verify=summed("cut_verify"),
+            whole_offered=summed("whole_offered"),
+            cut_offered=summed("cut_offered"),
+            mean_uncut=_ratio(whole @ np.arange(whole.shape[1]), whole.sum(axis=1)),
+            mean_all=_mean_over_runs(len(place), places, [one.mean_all for one in each]),
+            n_verify=sum(one.n_verify for one in each),
+            n_plain=sum(one.n_plain for one in each),
+            n_decode=sum(one.n_decode for one in each),
+            n_merged=sum(one.n_merged for one in each),
+            n_events=sum(one.n_events for one in each),
+            as_published=np.sum(
+                [np.pad(one.as_published, (0, longest - len(one.as_published))) for one in each],
+                axis=0,
+            ),
         ),
-    ), categories
+        categories,
+        tuple(place),
+    )
 
 
 def _mean_over_runs(n: int, places: Sequence[Ints], values: Sequence[Floats]) -> Floats:

@@ -12,6 +12,7 @@ from speedbench.report.summary import CategoryRow, Figure, Summary
 if TYPE_CHECKING:
     from speedbench.report.compare import ArmComparison
     from speedbench.report.found import Found
+    from speedbench.report.load import Load
 
 UNITS: Mapping[str, str] = {"ttft": "s", "step_time": "s", "e2e": "s", "user_tps": "tokens/s"}
 """Of the distributions; of what is not named here, the number of output tokens: tokens."""
@@ -154,6 +155,7 @@ def of_run(summary: Summary, arm: str = "") -> Iterator[Row]:
     here = _Place(arm, summary.run_dir)
     yield from _acceptance(here, summary)
     yield from _speed(here, summary)
+    yield from _load(here, summary.load)
     yield from _counts(here, summary)
     yield from _published(here, summary)
     for category in summary.categories:
@@ -171,6 +173,18 @@ def _acceptance(here: _Place, summary: Summary) -> Iterator[Row]:
     if summary.expected_al is not None:
         figure = Figure(summary.expected_al)
         yield here.row("closed_form_al", figure, "tokens/step", definition="closed_form")
+
+
+def _load(here: _Place, load: Load) -> Iterator[Row]:
+    if (came := load.arrivals) is not None:
+        nothing = came.why_not or "it was not told"
+        for name, per_s in (("offered_rate", came.offered_per_s),
+                            ("completed_rate", came.completed_per_s)):  # fmt: skip
+            figure = Figure(per_s, why_not="" if per_s is not None else nothing)
+            yield here.row(name, figure, "1/s", definition="arrivals", n=came.n)
+    if (good := load.goodput) is not None:
+        yield here.row("goodput", good.per_s, "1/s", n=good.n)
+        yield here.row("goodput_share", good.share, definition="goodput", n=good.n)
 
 
 def _speed(here: _Place, summary: Summary) -> Iterator[Row]:

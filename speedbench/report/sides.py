@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from speedbench import metrics, stats
 from speedbench.checks import counted
 from speedbench.columns import Columns, Floats, Ints
-from speedbench.store import Run
+from speedbench.store import Run, load_served
 from speedbench.types import UNKNOWN
 
 
@@ -25,6 +26,8 @@ class Measured:
     log_tps    (C',) of user TPS; NaN where no time passed after the first tokens
     log_step   (C',) of the mean step time in s; NaN there, and where steps cannot be counted
     log_ttft   (C',) mean over its turns of the logarithm of TTFT in s; NaN where one is not known
+    seconds    (C', 3) over its turns: to the first tokens, after them, and, of the former, until
+               a client had sent the requests; NaN where that is not known
     lengths    (C', 2 (K+2)) decode steps by length, uncensored and then censored
     asked      conversation id -> sha256 of its prompts by turn
     """
@@ -35,6 +38,7 @@ class Measured:
     log_tps: Floats
     log_step: Floats
     log_ttft: Floats
+    seconds: Floats
     lengths: Ints
     asked: Mapping[str, tuple[tuple[int, str], ...]]
 
@@ -64,6 +68,7 @@ def measured(run: Run) -> Measured:
         log_tps[good],
         log_step[good],
         _log_ttft(columns)[good],
+        _seconds(run)[good],
         np.concatenate([counts.whole, counts.cut], axis=1),
         _asked(run),
     )
@@ -82,9 +87,37 @@ def _log_ttft(columns: Columns) -> Floats:
         return np.bincount(conversation, logs, n) / np.bincount(conversation, minlength=n)
 
 
+def _seconds(run: Run) -> Floats:
+    """(C, 3)"""
+    columns = run.columns
+    first, last = columns.first_and_last()
+    request = columns.request[first]
+    submitted = columns.submitted_ns[request].astype(float)
+    submitted[submitted == UNKNOWN] = np.nan
+    sent = _sent_ns(run)[request]
+    parts = (
+        columns.time_ns[first] - submitted,
+        columns.time_ns[last] - columns.time_ns[first],
+        sent - submitted,
+    )
+    conversation, n = columns.conversation[request], len(columns.conversation_ids)
+    return np.stack([np.bincount(conversation, part / 1e9, n) for part in parts], axis=1)
+
+
+def _sent_ns(run: Run) -> Floats:
+    """(R,) when a client had sent each request; NaN where there is none."""
+    served = load_served(run)
+    names = run.turns["request_id"].take(pa.array(run.used)).to_pylist()
+    sent_of = dict(
+        zip(served["request_id"].to_pylist(), served["sent_ns"].to_pylist(), strict=True)
+    )
+    return np.array([sent_of.get(name, np.nan) for name in names], float)
+
+
 def _asked(run: Run) -> dict[str, tuple[tuple[int, str], ...]]:
-    turns = run.turns.take(run.used)
-    columns = (turns[name].to_pylist() for name in ("conversation_id", "turn", "prompt_sha256"))
+    names = ["conversation_id", "turn", "prompt_sha256"]
+    turns = run.turns.select(names).take(run.used)
+    columns = (turns[name].to_pylist() for name in names)
     asked: dict[str, list[tuple[int, str]]] = {}
     for name, number, sha in zip(*columns, strict=True):
         asked.setdefault(name, []).append((number, sha))
@@ -97,6 +130,7 @@ class Side:
 
     category           (P,) index into the comparison's categories
     log_tps, log_step, log_ttft  (R, P)
+    seconds            (R, P, 3)
     n_steps            (P,) decode steps that count for an AL, of all repeats
     al, log_al         (G + 1,) acceptance length, and logarithm, by category and over categories
     al_pseudo, pseudo  (P,) pseudo-values of these two
@@ -107,6 +141,7 @@ class Side:
     log_tps: Floats
     log_step: Floats
     log_ttft: Floats
+    seconds: Floats
     n_steps: Floats
     al: Floats
     log_al: Floats
@@ -142,6 +177,7 @@ def side(
         np.stack([run.log_tps[at] for run, at in zip(runs, places, strict=True)]),
         np.stack([run.log_step[at] for run, at in zip(runs, places, strict=True)]),
         np.stack([run.log_ttft[at] for run, at in zip(runs, places, strict=True)]),
+        np.stack([run.seconds[at] for run, at in zip(runs, places, strict=True)]),
         np.asarray(lengths.sum(axis=1), float),
         np.append(als, overall),
         np.append(logs, log_overall),

@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from speedbench import datasets
+from speedbench.config import from_dict
 from speedbench.environment import redact
+from speedbench.insights.rates import why_no_gpu
 from speedbench.store import Run, n_replicas_of
 from speedbench.types import UserError
 
@@ -34,7 +37,6 @@ NOTES = (
     "exported by speedbench from its own records: the publisher's harness did not run",
     "the token that stops an answer counts as a token of its step, which the publisher's harness "
     "takes off",
-    "prompts are not stored: `turns` is empty, and prompt_sha256 names them",
     "Output TPS/gpu divides by tensor parallel GPUs alone, as the publisher's harness does",
     "no container_image is recorded, which the publisher's upload script asks for",
 )
@@ -74,6 +76,8 @@ def write(run: Run, directory: Path, decode: Decode | None = None) -> list[Path]
     refuse_foreign(directory)
     rates = acceptance(asked, str(run.manifest["dataset"]["name"]))
     times, doubts = timing(run, asked)
+    texts, why_none = user_turns(run)
+    doubts += [why_none] if why_none else []
     files: dict[str, str] = {
         CONFIGURATION: _json(
             configuration(
@@ -88,7 +92,8 @@ def write(run: Run, directory: Path, decode: Decode | None = None) -> list[Path]
         files["specbench_results.json"] = _json(rates)
     name = RESPONSES.get(dataset, "specbench_responses.jsonl")
     files[name] = "".join(
-        json.dumps(line, ensure_ascii=False) + "\n" for line in responses(asked, dataset, decode)
+        json.dumps(line, ensure_ascii=False) + "\n"
+        for line in responses(asked, dataset, decode, texts)
     )
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -102,7 +107,7 @@ def refuse_foreign(directory: Path) -> None:
         return
     try:
         ours = "speedbench" in json.loads((directory / CONFIGURATION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         ours = False
     if not ours:
         raise UserError(
@@ -118,8 +123,14 @@ def _json(value: object) -> str:
 
 
 def questions(run: Run) -> tuple[Question, ...]:
-    """The conversations that did not fail. Events without a token are none to that harness."""
+    """The conversations that did not fail. Events without a token are none to that harness. Raises
+    UserError for a served run of whose chunks not each is known to be a step."""
     columns = run.columns
+    if run.manifest["config"].get("url") and (columns.engine_steps != 1).any():
+        raise UserError(
+            f"{run.directory} asked a server, and {int((columns.engine_steps != 1).sum())} chunks "
+            "may hold several engine steps: in that format they would be taken for one each"
+        )
     turns = run.turns.take(run.used)
     ids = turns["output_token_ids"].to_pylist()
     sha256, reasons = turns["prompt_sha256"].to_pylist(), turns["finish_reason"].to_pylist()
@@ -229,13 +240,18 @@ def timing(run: Run, asked: Sequence[Question]) -> tuple[dict[str, Any], list[st
         wall_s = max(turn.times_s[-1] for turn in turns) - min(turn.times_s[0] for turn in turns)
         throughput = sum(n_tokens) / wall_s if wall_s > 0 else None
         doubt = "" if wall_s > 0 else "Output TPS is null: no time passed between the events"
+    doubts = [doubt] if doubt else []
+    no_gpu = why_no_gpu(run.manifest)
+    if throughput is not None and no_gpu:
+        doubts.append(f"Output TPS/gpu is null: {no_gpu}")
     tp_size = int(run.manifest["config"]["tp_size"])
+    per_gpu = None if throughput is None or no_gpu else throughput / tp_size
     longer = [
         (turn.times_s, n) for turn, n in zip(turns, n_tokens, strict=True) if len(turn.times_s) > 2
     ]
     found: dict[str, Any] = {
         "Output TPS": throughput,
-        "Output TPS/gpu": None if throughput is None else throughput / tp_size,
+        "Output TPS/gpu": per_gpu,
         "E2E Request Time": _statistics([turn.times_s[-1] - turn.times_s[0] for turn in turns]),
         "TTFT Time": _statistics([turn.times_s[1] - turn.times_s[0] for turn in turns]),
     }
@@ -246,7 +262,7 @@ def timing(run: Run, asked: Sequence[Question]) -> tuple[dict[str, Any], list[st
     if timed:
         found["Request Generation Tokens Per Second"] = _statistics(timed)
     found["Number of Output Tokens"] = _statistics(n_tokens)
-    return found, [doubt] if doubt else []
+    return found, doubts
 
 
 def _no_common_clock(run: Run) -> str:
@@ -276,8 +292,33 @@ def _statistics(values: Sequence[float]) -> dict[str, Any]:
 # ---------------------------------------------------------------- responses
 
 
+def user_turns(run: Run) -> tuple[Mapping[str, tuple[str, ...]], str]:
+    """What the user said by conversation, and why that is not known ('' if it is): prompts are not
+    stored, so it is read from the dataset again, whose rows must be those that were asked."""
+    dataset = run.manifest["dataset"]
+    empty = "`turns` is empty, and prompt_sha256 names the prompts:"
+    if dataset["name"] == "random":
+        return {}, f"{empty} random prompts are tokens, no text"
+    asked = {
+        **run.manifest["config"],
+        "dataset": dataset["name"],
+        "dataset_path": dataset.get("path") or None,
+        "prompts": None,  # a file of tokens, made of the same rows
+    }
+    try:
+        found = datasets.load(from_dict(asked))
+    except (UserError, OSError) as error:
+        return {}, f"{empty} the dataset cannot be read any more ({error})"
+    if found.sha256 != dataset.get("sha256"):
+        return {}, f"{empty} {found.path} holds other rows than were asked"
+    return {row.id: row.turns for row in found.rows}, ""
+
+
 def responses(
-    asked: Sequence[Question], dataset: str, decode: Decode | None
+    asked: Sequence[Question],
+    dataset: str,
+    decode: Decode | None,
+    texts: Mapping[str, tuple[str, ...]],
 ) -> list[dict[str, Any]]:
     """A line for each conversation: its answers as text, or as token IDs without a tokenizer."""
     lines = []
@@ -289,7 +330,7 @@ def responses(
             line["question_id"] = int(question.id) if question.id.isdigit() else question.id
         if dataset != "random":
             line["category"] = question.category
-        line["turns"] = []
+        line["turns"] = list(texts.get(question.id, ()))
         line["choices"] = [
             {"index": 0, "turns": [_answer(turn, decode) for turn in question.turns]}
         ]

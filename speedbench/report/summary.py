@@ -15,6 +15,8 @@ from speedbench.checks import Check, all_checks, counted
 from speedbench.columns import Floats, Ints
 from speedbench.report.curves import N_POINTS, Curves, Timeline, distribution, timeline
 from speedbench.report.definitions import DEFINITIONS
+from speedbench.report.figure import Figure
+from speedbench.report.load import NOTHING, Load, load_of
 from speedbench.report.pooled import pooled
 from speedbench.store import Run, expected_conversations
 
@@ -28,15 +30,6 @@ __all__ = (
     "summarize_repeats",
     "throughput",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A number with its 95 % interval; `why_not` says why the number, or its interval, is None."""
-
-    value: float | None
-    interval: tuple[float, float] | None = None
-    why_not: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +54,7 @@ class Summary:
     """
 
     run_dir: str
+    load: Load
     manifest: Mapping[str, Any]
     checks: tuple[Check, ...]
     draft_length: int
@@ -111,17 +105,18 @@ class _Accepted:
 class Resamples:
     """Bootstrap weights, drawn once for all runs of the same rows: drawing is what takes longest.
 
-    What is drawn depends on how many conversations each category has, not on the order in which a
-    run ended them.
+    What is drawn for a conversation depends on its name and on how many each category has, not on
+    the order in which a run ended them: the same records in another order have the same intervals.
     """
 
     def __init__(self) -> None:
         self._sorted = np.zeros(0, np.int64)
         self._weights = np.zeros((stats.N_RESAMPLES, 0))
 
-    def weights(self, category: Ints) -> Floats:
-        """`stats.bootstrap_weights` (B, C) of conversations of these categories (C,)."""
-        order = np.argsort(category, kind="stable")
+    def weights(self, category: Ints, ids: Sequence[str]) -> Floats:
+        """`stats.bootstrap_weights` (B, C) of the conversations of these names and categories
+        (C,)."""
+        order = np.lexsort((np.array(ids, str), category))
         if not np.array_equal(category[order], self._sorted):
             self._sorted = category[order]
             self._weights = stats.bootstrap_weights(self._sorted)
@@ -140,12 +135,14 @@ def summarize(run: Run, resamples: Resamples | None = None) -> Summary:
         manifest,
         _engine_length([manifest]),
         resamples or Resamples(),
+        [columns.conversation_ids[i] for i in np.flatnonzero(~columns.failed)],
     )
     timing = metrics.timing(columns, k)
     output, steady, per_gpu = throughput(run)
     why_no_timeline, over_time = _timeline(run)
     return Summary(
         run_dir=str(run.directory),
+        load=load_of(run),
         manifest=manifest,
         checks=tuple(all_checks(run)),
         draft_length=k,
@@ -194,7 +191,7 @@ def summarize_repeats(
     together; what time decides is told run by run, in `each`, and has no number here."""
     if len(runs) == 1:
         return each[0]
-    counts, categories = pooled(runs)
+    counts, categories, ids = pooled(runs)
     expected: Counter[str] = Counter()
     for run in runs:
         expected |= expected_conversations(run)
@@ -206,11 +203,13 @@ def summarize_repeats(
         manifests[0],
         _engine_length(manifests),
         resamples or Resamples(),
+        ids,
     )
     apart = Figure(None, why_not="throughput is told run by run")
     return replace(
         each[0],
         run_dir=", ".join(summary.run_dir for summary in each),
+        load=NOTHING,
         checks=tuple(dict.fromkeys(check for summary in each for check in summary.checks)),
         n_conversations=len(counts.category),
         n_failed=sum(summary.n_failed for summary in each),
@@ -245,11 +244,13 @@ def _accepted(
     manifest: Mapping[str, Any],
     engine_length: Figure,
     resamples: Resamples,
+    ids: Sequence[str],
 ) -> _Accepted:
-    """Everything about acceptance; `expected`: category -> conversations that were to be there."""
+    """Everything about acceptance; `expected`: category -> conversations that were to be there;
+    `ids`: (C',) names of the conversations."""
     k = int(manifest["engine"]["draft_length"])
     once = metrics.acceptance_lengths(counts, np.ones((1, len(counts.category))))
-    weights = resamples.weights(counts.category)
+    weights = resamples.weights(counts.category, ids)
     resampled = metrics.acceptance_lengths(counts, weights)
     whole = counts.whole_offered if counts.told_apart else counts.whole
     cut = counts.cut_offered if counts.told_apart else counts.cut
@@ -461,7 +462,8 @@ def _engine_length(manifests: Sequence[Mapping[str, Any]]) -> Figure:
     for session in (one for manifest in manifests for one in manifest.get("sessions", [])):
         counters = session.get("counters")
         if counters is None:
-            return Figure(None, why_not="the engine's own counters are not stored")
+            untold = "the engine's own counters are not stored"
+            return Figure(None, why_not=str(session.get("why_no_counters") or untold))
         drafts += counters["drafts"]
         accepted += counters["accepted"]
     if drafts == 0:
@@ -497,7 +499,9 @@ def throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
     whole = metrics.whole_window(run.columns, number, spans).output_tps
     n_gpus = int(config["tp_size"]) * int(config["pp_size"]) * int(config["dp_size"]) * len(spans)
     engine = run.manifest["engine"]
-    if not run.manifest["environment"].get("gpus"):
+    if config.get("url"):
+        per_gpu = Figure(None, why_not="the GPUs of the server are not known")
+    elif not run.manifest["environment"].get("gpus"):
         per_gpu = Figure(None, why_not="no GPU was found on this machine")
     elif engine.get("simulated") or engine.get("settings", {}).get("device") == "cpu":
         per_gpu = Figure(None, why_not="the engine used no GPU")
@@ -519,6 +523,8 @@ def _why_no_throughput(run: Run, n_sessions: int) -> str:
         return "a part of the records cannot be read"
     if not len(run.columns.step):
         return "no step was recorded"
+    if not metrics.timed(run.columns).all():
+        return "the clock runs backwards"
     failed = [s["replica"] for s in sessions if len(sessions) > 1 and s.get("end") != "finished"]
     return f"replica {failed[0]} did not measure its share" if failed else ""
 

@@ -15,7 +15,7 @@ Form = Literal["console", "markdown", "json", "csv", "parquet", "html", "matrix"
 MARKS: Mapping[Form, tuple[bytes, ...]] = {
     "console": (b"speedbench: ",),
     "markdown": (b"# speedbench: ",),
-    "json": (b'{\n "schema": "speedbench.report/',),
+    "json": (b'{\n "schema": "speedbench.report/', b'{\n "schema": "speedbench.aiperf/'),
     "csv": (",".join(as_csv.HEADER).encode() + b"\n",),
     "parquet": (b"PAR1",),
     "html": (b"<!doctype html>", b"<!DOCTYPE html>"),

@@ -1,0 +1,287 @@
+"""A null engine that can be driven hard: whole steps of all its requests at once, on the real clock
+from a process of its own, or as fast as it is polled. Made to measure what a harness costs.
+
+Its tokens mean nothing. What it says of time is true: `Paced` stamps every step with the monotonic
+clock in its own process and keeps those stamps beside the steps it hands over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import queue
+import struct
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, repeat
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+from speedbench.types import EngineCounters, EngineDiedError, EngineInfo, Request, Step
+
+HEAD = struct.Struct("<qiii")
+"""Of a message: the engine's stamp (ns), requests in it, first steps among them, tokens."""
+
+N_LENGTHS = 1 << 16
+"""Step lengths drawn beforehand, used in turn."""
+
+START_S = 60.0
+"""A process that does not answer in so long has not started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How it steps.
+
+    draft_length  K: every decode step adds 1..K+1 tokens
+    step_ns       period of its steps; 0: as fast as it is polled
+    prefill_ns    from a request's arrival to its first token, at least
+    stamps        what its steps are stamped with: the engine's own clock, as engines that tell it
+                  allow, or their arrival in the process that polls, as the others force
+    """
+
+    draft_length: int = 3
+    step_ns: int = 0
+    prefill_ns: int = 0
+    stamps: Literal["engine", "arrival"] = "arrival"
+    acceptance: float = 0.7
+    seed: int = 0
+
+
+class Requests:
+    """The requests in flight, as arrays; one call makes the next step of all of them."""
+
+    def __init__(self, pace: Pace) -> None:
+        import numpy as np
+
+        self._np = np
+        random = np.random.default_rng(pace.seed)
+        rejected = random.random((N_LENGTHS, pace.draft_length)) >= pace.acceptance
+        all_kept = np.full((N_LENGTHS, 1), True)
+        self._lengths = np.hstack([rejected, all_kept]).argmax(axis=1).astype(np.int32) + 1
+        self._at = 0
+        self._number = np.empty(0, np.int32)
+        self._left = np.empty(0, np.int32)
+        self._fresh = np.empty(0, bool)
+        self._arrived_ns = np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._number)
+
+    def add(self, arrivals: Sequence[tuple[int, int, int]]) -> None:
+        """(number, tokens to make, when it arrived) of each."""
+        np = self._np
+        number, left, arrived_ns = zip(*arrivals, strict=True)
+        self._number = np.append(self._number, np.array(number, np.int32))
+        self._left = np.append(self._left, np.array(left, np.int32))
+        self._fresh = np.append(self._fresh, np.full(len(arrivals), True))
+        self._arrived_ns = np.append(self._arrived_ns, np.array(arrived_ns, np.int64))
+
+    def step(self, stamp_ns: int) -> bytes:
+        """The message of one step."""
+        np, n = self._np, len(self._number)
+        if self._at + n > N_LENGTHS:
+            self._at = 0
+        lengths = self._lengths[self._at : self._at + n].copy()
+        self._at += n
+        lengths[self._fresh] = 1
+        np.minimum(lengths, self._left, out=lengths)
+        self._left -= lengths
+        ended = self._left == 0
+        n_tokens = int(lengths.sum())
+        message = b"".join(
+            (
+                HEAD.pack(stamp_ns, n, int(self._fresh.sum()), n_tokens),
+                self._arrived_ns[self._fresh].tobytes(),
+                self._number.tobytes(),
+                lengths.tobytes(),
+                ended.astype(np.int32).tobytes(),
+                np.arange(n_tokens, dtype=np.int32).tobytes(),
+            )
+        )
+        going_on = ~ended
+        self._number, self._left = self._number[going_on], self._left[going_on]
+        self._arrived_ns = self._arrived_ns[going_on]
+        self._fresh = np.full(len(self._number), False)
+        return message
+
+
+class _Null:
+    """What both kinds share: names for numbers, and messages made into steps.
+
+    engine_ns   the engine's own stamp of every step it handed over
+    seen_ns     when each was seen here
+    arrived_ns  request -> when it reached the engine, by the engine's clock
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._names: dict[int, str] = {}
+        self._n_submitted = 0
+        self.engine_ns = array("q")
+        self.seen_ns = array("q")
+        self.arrived_ns: dict[str, int] = {}
+
+    @property
+    def n_live(self) -> int:
+        """Requests whose end was not handed over yet."""
+        return len(self._names)
+
+    def _enter(self, request: Request) -> int:
+        number = self._n_submitted
+        self._names[number] = request.request_id
+        self._n_submitted += 1
+        return number
+
+    def _steps(self, message: bytes, seen_ns: int, into: list[Step]) -> None:
+        engine_ns, n, n_fresh, _ = HEAD.unpack_from(message)
+        self.engine_ns.append(engine_ns)
+        self.seen_ns.append(seen_ns)
+        stamp_ns = engine_ns if self._pace.stamps == "engine" else seen_ns
+        view = memoryview(message)[HEAD.size :]
+        arrived = view[: 8 * n_fresh].cast("q").tolist()
+        view = view[8 * n_fresh :]
+        numbers, lengths, ended = (
+            view[4 * n * i : 4 * n * (i + 1)].cast("i").tolist() for i in range(3)
+        )
+        tokens = view[12 * n :].cast("i").tolist()
+        names = self._names
+        if arrived:  # requests enter at the end
+            for number, arrived_ns in zip(numbers[-n_fresh:], arrived, strict=True):
+                self.arrived_ns[names[number]] = arrived_ns
+        ends = list(accumulate(lengths))
+        # As a tuple from columns: a fifth of what a call of Step takes for each.
+        columns = (
+            map(names.__getitem__, numbers),
+            repeat(stamp_ns),
+            [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)],
+            repeat(1),
+            repeat(None),
+            repeat(None),
+            ["length" if end else None for end in ended],
+            *[repeat(None)] * (len(Step._fields) - 7),
+        )
+        into.extend(map(partial(tuple.__new__, Step), zip(*columns, strict=False)))
+        if any(ended):
+            for number, end in zip(numbers, ended, strict=True):
+                if end:
+                    del names[number]
+
+    def counters(self) -> EngineCounters | None:
+        return None
+
+    def describe(self) -> EngineInfo:
+        return EngineInfo(
+            "NULL", "simulated", self._pace.draft_length, None, None, False, simulated=True
+        )
+
+    def forget(self) -> None:
+        """It learns nothing."""
+
+
+class Unpaced(_Null):
+    """In this process, a step per poll: what it costs can be measured and taken off."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__(pace)
+        self._requests = Requests(pace)
+        self._new: list[tuple[int, int, int]] = []
+
+    def submit(self, request: Request) -> None:
+        self._new.append((self._enter(request), request.max_tokens, time.monotonic_ns()))
+
+    def poll(self) -> Sequence[Step]:
+        if self._new:
+            self._requests.add(self._new)
+            self._new.clear()
+        now_ns = time.monotonic_ns()
+        steps: list[Step] = []
+        self._steps(self._requests.step(now_ns), now_ns, steps)
+        return steps
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Paced(_Null):
+    """In a process of its own, a step per period, whether anyone looks or not."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__(pace)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process: Any = context.Process(target=_core, args=(theirs, pace), daemon=True)
+        self._process.start()
+        theirs.close()
+        if not self._pipe.poll(START_S) or self._pipe.recv_bytes() != b"ready":
+            raise EngineDiedError("the null engine's process did not start")
+
+    def fileno(self) -> int:
+        """To be waited for by an event loop; readable when a poll would not block."""
+        return self._pipe.fileno()
+
+    def submit(self, request: Request) -> None:
+        with contextlib.suppress(OSError):  # of a process that is gone: `poll` tells
+            self._pipe.send((self._enter(request), request.max_tokens))
+
+    def poll(self) -> Sequence[Step]:
+        messages: list[tuple[bytes, int]] = []
+        try:
+            while not messages or self._pipe.poll(0):
+                messages.append((self._pipe.recv_bytes(), time.monotonic_ns()))
+        except (EOFError, OSError):
+            raise EngineDiedError("the null engine's process is gone") from None
+        steps: list[Step] = []
+        for message, seen_ns in messages:
+            self._steps(message, seen_ns, steps)
+        return steps
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+def _core(pipe: Connection, pace: Pace) -> None:
+    """The engine's process: one thread takes requests in, one sends, and this one steps."""
+    requests = Requests(pace)
+    arrivals: deque[tuple[int, int, int]] = deque()
+    outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    left = threading.Event()
+
+    def take_in() -> None:
+        try:
+            while True:
+                number, n_tokens = pipe.recv()
+                arrivals.append((number, n_tokens, time.monotonic_ns()))
+        except (EOFError, OSError):
+            left.set()
+
+    def send() -> None:
+        try:
+            while True:
+                pipe.send_bytes(outgoing.get())
+        except OSError:
+            left.set()
+
+    outgoing.put(b"ready")
+    for work in (take_in, send):
+        threading.Thread(target=work, daemon=True).start()
+    next_ns = time.monotonic_ns()
+    while not left.is_set():
+        next_ns = max(next_ns + pace.step_ns, time.monotonic_ns())
+        time.sleep(max(0, next_ns - time.monotonic_ns()) / 1e9)
+        now_ns = time.monotonic_ns()
+        ready = []
+        while arrivals and arrivals[0][2] + pace.prefill_ns <= now_ns:
+            ready.append(arrivals.popleft())
+        if ready:
+            requests.add(ready)
+        if len(requests):
+            outgoing.put(requests.step(now_ns))

@@ -1,0 +1,1 @@
+"""Fuzzing: every reader of foreign bytes, held against inputs that were damaged on purpose."""
