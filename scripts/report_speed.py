@@ -473,7 +473,8 @@ PAGE = """\
 
     python scripts/report_speed.py --table docs/scale.md{flag}
 
-{date}; {machine}; {versions}; load average {load} before the first report.
+{date}; {machine}; {versions}. Load average before the first report:
+{load}.
 
 Every report is made in a fresh process from runs on the disk (in the page cache), as
 `speedbench report` makes it; its start and its imports count. The runs are made up: 1,536

@@ -28,7 +28,7 @@ class DamagedError(ValueError):
 class Limits(NamedTuple):
     """What values a kind of part can hold.
 
-    least     column -> its smallest value; columns of whole numbers that are not named have none
+    least     column -> its smallest value, or that in its lists; columns not named here have none
     most      column -> its largest
     nullable  columns in which values may be missing
     """
@@ -46,8 +46,10 @@ def read(path: Path, schema: pa.Schema, limits: Limits) -> pa.Table:
         name = field.name
         if column.null_count and name not in limits.nullable:
             raise DamagedError(f"{column.null_count} of its rows have no {name}")
-        if pa.types.is_list(field.type) and pc.list_flatten(column).null_count:
-            raise DamagedError(f"a list in its column {name} lacks values")
+        if pa.types.is_list(field.type):
+            column = pc.list_flatten(column)
+            if column.null_count:
+                raise DamagedError(f"a list in its column {name} lacks values")
         _refuse_beyond(name, column, limits)
     return table
 

@@ -173,7 +173,10 @@ LIMITS: Mapping[str, part.Limits] = {
     ),
     "experts": part.Limits({**_ORIGIN, "n_tokens": 0, "n_layers": 0, "top_k": 0}, _MOST_ORIGIN),
     "served": part.Limits(
-        {**_ORIGIN, "sent_ns": 0, "n_prompt_tokens": 0, "n_cached_tokens": 0, "n_drafted": 0},
+        {
+            **_ORIGIN, "sent_ns": 0, "n_prompt_tokens": 0, "n_cached_tokens": 0, "n_drafted": 0,
+            "histogram": 0, "accepted": UNKNOWN, "drafted": UNKNOWN,
+        },
         _MOST_ORIGIN,
         tuple(set(SERVED.names) - {"request_id", "session", "replica", "sent_ns"}),
     ),
@@ -834,6 +837,9 @@ def _read_served(run: Run, only: Collection[str] | None = None) -> tuple[pa.Tabl
         for path in _parts_of(directory, "served", only):
             try:
                 table = part.read(path, SERVED, LIMITS["served"])
+                source, counts = table["acceptance_source"], table["histogram"]
+                if pc.any(pc.and_(source.is_valid(), counts.is_null())).as_py():
+                    raise part.DamagedError("acceptance was told, but not of how many")
             except part.READ_ERRORS as error:
                 damage.append(f"{_unreadable(str(path), error)}: restore it from a copy")
                 continue

@@ -286,7 +286,10 @@ def events(asked: dict[str, Any], reply: Reply) -> Iterator[bytes]:
                 choice["prompt_token_ids"] = prompt
         if index == len(sizes) - 1:
             choice["finish_reason"] = reply.finish
-        told: dict[str, Any] = {"id": "x", "model": asked["model"], "choices": [choice]}
+        kind = "chat.completion.chunk" if is_chat else "text_completion"
+        told: dict[str, Any] = {
+            "id": "x", "object": kind, "model": asked["model"], "choices": [choice],
+        }  # fmt: skip
         if options.get("continuous_usage_stats") and reply.running:
             told["usage"] = {"prompt_tokens": n_prompt, "completion_tokens": done}
         yield event(told)

@@ -383,7 +383,7 @@ def test_what_is_no_shard_of_the_same_run_is_refused_by_name(
         ("engine", "version", "the engine's version"),
     ):
         manifest = store.read_manifest(tmp_path / "f")
-        manifest[section][name] = "another"
+        manifest[section][name] = [{"name": "another"}] if name == "gpus" else "another"
         copy = shutil.copytree(tmp_path / "f", tmp_path / f"other-{name}")
         store.write_manifest(copy, manifest)
         assert main(["report", "--merge", str(first), str(copy)]) == 2

@@ -84,7 +84,7 @@ def twin_al(directory: Path) -> tuple[list[int], Fraction]:
             al += joint
         als.append(al)
     total = sum((*whole.values(), *cut.values()), Counter())
-    return [total[n] for n in range(1, K + 2)], sum(als) / len(als)
+    return [total[n] for n in range(1, K + 2)], sum(als, Fraction(0)) / len(als)
 
 
 def of_json(directory: Path, capsys: pytest.CaptureFixture[str]) -> Row:

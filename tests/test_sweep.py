@@ -481,7 +481,7 @@ YAML_MISTAKES: dict[str, tuple[str, list[str]]] = {
     "no finite number in a cell": ("cells: [{engine_args: {step_ms: .inf}}]", ["finite"]),
     "a date": ("base: {engine_args: {revision: 2020-01-01}}", ["date", "quotes"]),
     "bytes": ("base: {engine_args: {a: !!binary /9j/}}", ["bytes"]),
-    "a loop": ("base: {engine_args: &a {b: *a}}", ["Circular"]),
+    "a loop": ("base: {engine_args: &a {b: *a}}", ["contain itself"]),
     "a huge grid": (
         "grid: {seed: [%s], top_k: [%s]}" % ((",".join(map(str, range(101))),) * 2),
         ["10201 combinations", "10000"],
