@@ -34,5 +34,5 @@ def vocab_size(folder: str) -> int | None:
     try:
         size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
         return int(size) if size is not None else None
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, OverflowError):
         return None

@@ -86,8 +86,6 @@ KINDS = {"vllm": "vLLM", "sglang": "SGLang"}
 AS_TOLD = "as the server says"
 AS_SAID = "as the user says"
 
-SEEN = Support("real", "vLLM 0.32.0 on x86-64 CPUs", "describes what the server was started with")
-
 
 class _RefusedError(Exception):
     """The server does not answer as it was asked to; one sentence."""
@@ -142,7 +140,7 @@ class OpenaiEngine:
     samples_as_started = False
     remembers: Sequence[Algorithm] = ()
     forgets_prompts = True
-    support: Mapping[Algorithm, Support] = dict.fromkeys(get_args(Algorithm), SEEN)
+    support: Mapping[Algorithm, Support] = {}  # the user's word for what the server runs
     flag_of: Mapping[str, str] = {}
     calibration_args: Mapping[Algorithm, Mapping[str, object]] = {}
 

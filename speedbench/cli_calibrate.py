@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from speedbench.types import Algorithm
 
 
+NOT_STARTED = ("NULL", "OPENAI")
+"""Adapters of no engine that could be started and calibrated."""
+
+
 def calibrate_command(argv: list[str], prog: str) -> int:
     if (launched := launch_of_process()).n_replicas > 1:
         raise UserError(
@@ -32,7 +36,7 @@ def calibrate_command(argv: list[str], prog: str) -> int:
     )
     import engines
 
-    names = ", ".join(name for name in engines.ADAPTERS if name != "NULL")
+    names = ", ".join(name for name in engines.ADAPTERS if name not in NOT_STARTED)
     parser.add_argument(
         "--engine", default="VLLM", metavar="X", help=f"engine to prove: {names} (default: VLLM)"
     )
@@ -55,6 +59,11 @@ def calibrate_command(argv: list[str], prog: str) -> int:
         raise UserError(
             "--engine NULL makes up its steps, so there is nothing to prove: name the engine that "
             f"is to be held against known answers ({names})"
+        )
+    if name == "OPENAI" and not given.build_only:
+        raise UserError(
+            "a server is not started from here: let it serve a checkpoint of --build_only, and "
+            "measure it with --dataset calibration, which is held against the closed form"
         )
     directory = Path(given.save_dir or f"runs/{stamp}-calibrate-{name.lower()}")
     if given.build_only:
@@ -178,7 +187,7 @@ def engines_command(argv: list[str], prog: str) -> int:
     import engines
     from speedbench.report.support import markdown, support_table
 
-    adapters = {name: engines.adapter(name) for name in engines.ADAPTERS if name != "NULL"}
+    adapters = {name: engines.adapter(name) for name in engines.ADAPTERS if name not in NOT_STARTED}
     if given.format == "markdown":
         print(markdown(adapters))
     else:

@@ -566,10 +566,10 @@ def _sentence(error: ValidationError) -> str:
     if fault["type"] == "missing":
         return f"--{name} is missing: say which {name} to use"
     if fault["type"] == "tuple_type":
-        return f"--{name} is {fault['input']!r}, expected a list: [{fault['input']}]"
+        return f"--{name} is {fault['input']!r:.200}, expected a list: [{fault['input']}]"
     if fault["type"] == "extra_forbidden":
         return f"'{name}' is no field of a run configuration: see run.py --help"
-    return f"--{name} is {fault['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"--{name} is {fault['input']!r:.200}: {message[0].lower()}{message[1:]}"
 
 
 MOST_VALUES = 100_000

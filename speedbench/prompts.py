@@ -398,9 +398,12 @@ def _load_tokenizer(source: str, flag: str, trust_remote_code: bool) -> Any:
     # By name: transformers' types differ between the versions that we run with.
     transformers: Any = importlib.import_module("transformers")
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        made = transformers.AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code
         )
+        # Looked up when they are asked for: what is wrong with them is told here.
+        _ = (made.bos_token_id, made.eos_token_id, made.all_special_ids)
+        return made
     except Exception as error:  # noqa: BLE001 - a damaged tokenizer raises anything, even KeyError
         remedy = (
             "add --trust_remote_code if you trust it"

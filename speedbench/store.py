@@ -178,7 +178,10 @@ LIMITS: Mapping[str, part.Limits] = {
             "histogram": 0, "accepted": UNKNOWN, "drafted": UNKNOWN,
         },
         _MOST_ORIGIN,
-        tuple(set(SERVED.names) - {"request_id", "session", "replica", "sent_ns"}),
+        (
+            "n_prompt_tokens", "n_cached_tokens", "acceptance_source", "histogram", "n_drafted",
+            "accepted", "drafted",
+        ),
     ),
     "energy": part.Limits(
         {**_ORIGIN, "time_ns": 0, "gpu": 0, "energy_mj": 0, "power_mw": 0},

@@ -149,9 +149,9 @@ def _sentence(error: ValidationError) -> str:
         fields = ", ".join(Spec.model_fields)
         return f"'{name}' is unknown{like(name, Spec.model_fields, f'expected {fields}')}"
     if fault["type"] == "tuple_type":
-        return f"{name} is {fault['input']!r}, expected a list: [{fault['input']}]"
+        return f"{name} is {fault['input']!r:.200}, expected a list: [{fault['input']}]"
     message = fault["msg"]
-    return f"{name} is {fault['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name} is {fault['input']!r:.200}: {message[0].lower()}{message[1:]}"
 
 
 def _refuse_unknown(name: str, known: set[str], where: str) -> None:
