@@ -134,6 +134,8 @@ def run(
         tuple(NAMES[g] for g in drawn.category),
         np.log(drawn.n_tokens / n_steps) - log_step,
         log_step,
+        np.full(len(n_steps), np.nan),  # TTFT is not simulated
+        np.full((len(n_steps), 3), np.nan),
         lengths,
         dict.fromkeys(names, ((0, "same"),)),
     )

@@ -196,6 +196,12 @@ def _number(value: object) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _count(value: object) -> float | None:
+    """What can be a number of tokens or steps; None of anything else."""
+    found = _number(value)
+    return found if found is not None and 0 <= found < 2**31 else None
+
+
 def _whole(value: float | None) -> str:
     return "none" if value is None else f"{value:.0f}"
 
@@ -278,7 +284,7 @@ def _told(
             "spec_decode_accepted_draft_tokens",
             "spec_decode_draft_tokens",
         )
-        numbers = [_number(_mapping(metrics.get(name)).get("value")) for name in names]
+        numbers = [_count(_mapping(metrics.get(name)).get("value")) for name in names]
         steps, accepted, drafted = numbers
         if steps is None or accepted is None or drafted is None:
             n_untold += 1

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from speedbench.limits import parse_limits
 from speedbench.types import UserError
 
 DEEPEST = 50
@@ -54,6 +55,14 @@ def _by_name(kind: Kind) -> Kind:
     )
 
 
+def _are_limits(text: str) -> bool:
+    try:
+        parse_limits(text)
+    except ValueError:
+        return False
+    return True
+
+
 TEXT = Kind("text", lambda v: isinstance(v, str))
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 NUMBER = Kind(
@@ -61,6 +70,7 @@ NUMBER = Kind(
     lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf,
 )
 POSITIVE = Kind("a number above 0", lambda v: NUMBER.holds(v) and v > 0)
+LIMITS = Kind("limits such as ttft=200ms", lambda v: isinstance(v, str) and _are_limits(v))
 MAPPING = Kind("a mapping", lambda v: isinstance(v, dict))
 COUNT = _whole(0, MOST)
 SIZE = _whole(1, MOST)
@@ -144,9 +154,9 @@ OPTIONAL: Shape = {
     "config.history": TEXT,
     "config.history_from": _or_none(TEXT),
     "config.request_rate": _or_none(POSITIVE),
-    "config.arrivals": TEXT,
+    "config.arrivals": Kind("poisson or constant", lambda v: v in ("poisson", "constant")),
     "config.duration": _or_none(POSITIVE),
-    "config.goodput": _or_none(TEXT),
+    "config.goodput": _or_none(LIMITS),
     "config.max_duration": _or_none(NUMBER),
     "config.stall_timeout": NUMBER,
     "config.save_dir": _or_none(TEXT),
@@ -191,8 +201,8 @@ SESSION_OPTIONAL: Shape = {
     "replica": _whole(0, MOST_SESSIONS),
     "started_at": TEXT,
     "met_ns": _or_none(TIME_NS),
-    "end": TEXT,
-    "message": TEXT,
+    "end": _or_none(TEXT),
+    "message": _or_none(TEXT),
     "n_uncommitted": _or_none(COUNT),
     "n_uncommitted_tokens": _or_none(TIME_NS),
     "n_stray_steps": _or_none(TIME_NS),

@@ -24,7 +24,7 @@ ALLOWED = {
     "speedbench.metrics": {"numpy", "speedbench.columns"},
     "speedbench.stats": {"numpy", "scipy", "speedbench.columns"},
     "speedbench.steps": {"speedbench.types"},
-    "speedbench.manifest": {"speedbench.types"},
+    "speedbench.manifest": {"speedbench.limits", "speedbench.types"},
     "speedbench.part": {"pyarrow"},
     "speedbench.collector": set(),
     "speedbench.loop": {"speedbench.collector", "speedbench.steps", "speedbench.types"},

@@ -665,9 +665,9 @@ def test_one_clock_needs_no_meeting(tmp_path: Path) -> None:
 
 
 def test_replicas_that_are_never_steady_together(tmp_path: Path) -> None:
-    run = two_replicas(tmp_path / "r", clocks=("a", "b"), met_ns=(0, -10 * S))
+    run = two_replicas(tmp_path / "r", clocks=("a", "b"), met_ns=(10 * S, 0))
     for entry in run.manifest["sessions"]:
-        entry["met_ns"] = 0  # so replica 1 measured ten seconds earlier
+        entry["met_ns"] = 10 * S  # so replica 1 measured ten seconds earlier
     summary = summarize(run)
     assert summary.output_tps_steady.value is None
     assert "same time" in summary.output_tps_steady.why_not

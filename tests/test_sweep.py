@@ -433,7 +433,7 @@ CHANGED: Mapping[str, Any] = {
     "sampling_kwargs": {"x": 1}, "concurrency": 3, "max_num_seqs": 9, "warmup": 1,
     "max_duration": 5.0, "save_dir": "elsewhere", "show_progress": True, "tp_size": 2, "pp_size": 2,
     "dp_size": 2, "ep_size": 2, "max_seq_len": 99, "prefix_cache": True, "capture_experts": True,
-    "block_size": 4,
+    "block_size": 4, "goodput": "ttft=1s", "stall_timeout": 5.0,
 }  # fmt: skip
 """A change of every field that is said to change no input."""
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from speedbench.checks import Check
+from speedbench.config import DEFAULTS
 from speedbench.report.arms import Arm, lesser_differences
 from speedbench.report.sample import Sample
 from speedbench.store import n_replicas_of
@@ -148,7 +149,7 @@ def _named(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, A
     return {
         "prompts": _fingerprint(manifest),
         "target": _target(manifest),
-        **{name: config.get(name) for name in CONFIG},
+        **{name: config.get(name, DEFAULTS.get(name)) for name in CONFIG},  # of an older run
         "replicas": n_replicas_of(manifest),
         "gpus": [g.get("name") if isinstance(g, dict) else g for g in machine.get("gpus") or ()],
         "cpu": machine.get("cpu"),
