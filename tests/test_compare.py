@@ -29,7 +29,7 @@ from speedbench.report.sample import Sample, SampleRun
 from speedbench.report.sides import Measured
 from speedbench.report.summary import Figure
 from speedbench.store import Run
-from speedbench.types import UserError
+from speedbench.types import Served, UserError
 from tests.builders import MS, S, conversation, stored, turn
 from tests.test_metrics import twin
 
@@ -950,3 +950,49 @@ def test_unpaired_arms_are_counted_apart() -> None:
     assert tables[0].rows[0][:2] == ("a", "2/3")
     facts = [text for block in blocks if isinstance(block, Facts) for _, text, _ in block.items]
     assert any("2 conversations of the base and 3 of the arm, not paired" in text for text in facts)
+
+
+# --- embedded and served --------------------------------------------------------------------------
+
+
+def served_run(directory: Path, ttfts_ms: Sequence[int], step_ns: int, sent_ms: int) -> Run:
+    """Single-turn conversations of 8 decode steps, sent so long after they were submitted."""
+    records = []
+    for i, ttft_ms in enumerate(ttfts_ms):
+        made = turn(f"a{i}.0", [1, *[1, 2, 3, 4] * 2], ttft_ns=ttft_ms * MS, step_ns=step_ns)
+        told = Served(sent_ns=sent_ms * MS, new_connection=False)
+        made = replace(made, steps=[*made.steps[:-1], made.steps[-1]._replace(served=told)])
+        records.append(conversation(f"a{i}", "a", made))
+    where = {"engine": "OPENAI", "url": "http://127.0.0.1:1", "model": "m"}
+    return stored(directory, records, config=where)
+
+
+def test_where_an_embedded_and_a_served_run_part(tmp_path: Path) -> None:
+    """TTFT 50 ms embedded, 80, 90 and 100 ms served, 5 ms of which are the client's; 8 steps of 10
+    and of 15 ms."""
+    rows = {f"a{i}": Row("a", [[1, 2, 3, 4] * 2]) for i in range(3)}
+    base = arm_of(run_of(tmp_path / "embedded", 3, rows))
+    arm = arm_of(served_run(tmp_path / "served", (80, 90, 100), 15 * MS, 5))
+    one = only(compare(base, [arm]))
+    found = {part.part: part for part in one.whereabouts}
+    first, later, together = (
+        found[name] for name in ("until the first tokens", "after them", "together")
+    )
+    assert (first.base.value, first.arm.value) == pytest.approx((0.05, 0.09))
+    half = float(t.ppf(0.975, 2)) * 0.01 / math.sqrt(3)  # of 30, 40 and 50 ms
+    assert first.difference.value == pytest.approx(0.04)
+    assert first.difference.interval == pytest.approx((0.04 - half, 0.04 + half))
+    assert (later.base.value, later.arm.value) == pytest.approx((0.08, 0.12))
+    assert later.difference.interval == pytest.approx((0.04, 0.04))
+    assert together.difference.value == pytest.approx(0.08)
+    assert one.client.value == pytest.approx(0.005)
+    text = " ".join(markdown.write(of_comparison(compare(base, [arm]))).split())
+    assert "Where embedded and served part" in text
+    assert "from submitting to sending: 0.0050 s (95 % 0.0050-0.0050)" in text
+
+
+def test_embedded_runs_part_nowhere(tmp_path: Path) -> None:
+    base, arm = (arm_of(run_of(tmp_path / name, 3, uniform(3))) for name in "ba")
+    one = only(compare(base, [arm]))
+    assert one.whereabouts == ()
+    assert one.client.value is None
