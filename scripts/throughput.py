@@ -651,7 +651,8 @@ def measure(plan: Plan, algorithm: str, concurrency: int) -> tuple[Cell, Mapping
 ABOUT = """# Throughput: speedbench and the engines' own offline generate
 
 Written by `scripts/throughput.py`. The same checkpoints (the word pair of the calibration
-checkpoints, drafts of K = {k}), the same random prompts of {prompt} token IDs, the same engine
+checkpoints, drafts of K = {k}; with `--layers` a deeper target, whose further layers cost time
+and change no token), the same random prompts of {prompt} token IDs, the same engine
 arguments and the same cap on requests decoded at a time (`max_num_seqs` = N); every answer is
 exactly {output} tokens long (`ignore_eos`, greedy).
 
@@ -766,6 +767,24 @@ def _without_paths(argv: Sequence[str]) -> list[str]:
     return [Path(word).name if os.sep in word else word for word in argv]
 
 
+def deepen(target: Path, n_layers: int) -> None:
+    """Give a checkpoint so many layers: more of those it has, which change no token."""
+    from safetensors.numpy import load_file, save_file
+
+    config = json.loads((target / "config.json").read_text("utf-8"))
+    had = int(config["num_hidden_layers"])
+    if n_layers == had:
+        return
+    (weights,) = target.glob("*.safetensors")
+    tensors = load_file(weights)
+    first = {name: value for name, value in tensors.items() if ".layers.0." in name}
+    for layer in range(had, n_layers):
+        tensors |= {name.replace(".0.", f".{layer}.", 1): v for name, v in first.items()}
+    save_file(tensors, weights, {"format": "pt"})
+    config["num_hidden_layers"] = n_layers
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engine", choices=sorted(ENVIRONMENT))
@@ -775,6 +794,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--waves", type=int, default=3, help="prompts = waves x concurrency")
     parser.add_argument("--output_length", type=int, default=OUTPUT_LENGTH)
+    parser.add_argument(
+        "--layers", type=int, default=2,
+        help="of the target: more make steps as long as those of a model in use, not of a toy",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a smoke test: proves nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "throughput.md")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
@@ -794,6 +817,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
         work = Path(scratch)
         checkpoints.build(work / "models")
+        deepen(work / "models" / "word" / "target", given.layers)
         # An interpreter of a virtual environment must keep its own path: no resolve().
         plan = Plan(
             given.engine,

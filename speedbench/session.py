@@ -322,7 +322,7 @@ def resumed_target(directory: Path, config: RunConfig, prepared: Prepared) -> Ta
 
 def call_complete(target: Target) -> None:
     """Correct the status of a run that ended early, but after its last row was committed."""
-    if target.manifest["status"] not in ("running", "partial"):
+    if target.manifest["status"] == "complete":
         return
     with store.locked(target.directory):  # refused while that run is still going on
         manifest = store.read_manifest(target.directory)

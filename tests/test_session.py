@@ -524,3 +524,17 @@ def test_what_an_older_format_does_not_tell_of_its_engine_is_not_compared(tmp_pa
     info = EngineInfo(**{**changed["engine"], "max_num_seqs": 999})
     with pytest.raises(UserError, match="max_num_seqs"):
         session._same_engine(info, session.Target(run_dir, manifest=changed))
+
+
+@pytest.mark.parametrize("status", ["running", "partial", "failed"])
+def test_a_run_that_holds_all_rows_is_complete_however_it_ended(
+    tmp_path: Path, status: str
+) -> None:
+    """Such as one whose disk was full for its manifest alone."""
+    directory = tmp_path / "r"
+    assert main(arguments(directory, "--num_requests", "5", "--output_length", "4")) == 0
+    manifest = store.read_manifest(directory)
+    store.write_manifest(directory, {**manifest, "status": status})
+    assert main(["run", "--save_dir", str(directory), "--resume"]) == 0
+    assert store.read_manifest(directory)["status"] == "complete"
+    assert len(conversations(directory)) == 5
