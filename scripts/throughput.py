@@ -239,11 +239,12 @@ class Ours:
     def ask(self, n_in_flight: int) -> Answers:
         from speedbench import session, store
         from speedbench.report.summary import summarize
+        from speedbench.target import Target
 
         directory = self._work / f"run-{self._n_runs}"
         self._n_runs += 1
         config = self._config.model_copy(update={"concurrency": n_in_flight, "warmup": 0})
-        outcome = session.measure(config, self._prepared, self._engine, session.Target(directory))
+        outcome = session.measure(config, self._prepared, self._engine, Target(directory))
         if outcome.end.reason != "finished" or outcome.n_failed:
             raise SystemExit(f"the run ended with {outcome.end}, {outcome.n_failed} rows failed")
         run = store.load(directory)
@@ -485,11 +486,11 @@ def serve(process: str, given: Mapping[str, Any], work: Path) -> None:
     """Hold one engine and answer each line of stdin (requests in flight) with a line of JSON."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")  # what engines print goes to the log
     os.dup2(2, 1)
-    from speedbench import session
+    from speedbench import inputs
     from speedbench.config import from_dict
 
     config = from_dict(dict(given))
-    prepared = session.prepare(config)
+    prepared = inputs.prepare(config)
     prompts = [prepared.prompts[row.id, 0].token_ids for row in prepared.rows]
     engine: Answering = (
         Ours(config, prepared, work)

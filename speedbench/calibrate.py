@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speedbench import checks, session, store
+from speedbench import checks, inputs, session, store
 from speedbench.calibration import checkpoints, closed_form, served, verdict
 from speedbench.calibration.closed_form import KNOWN_ANSWER_FILE, Case
 from speedbench.calibration.sglang_trie import sglang_ngram_steps
 from speedbench.config import SERVER, RunConfig, from_dict
+from speedbench.target import Target
 from speedbench.types import Algorithm, Engine, EngineSettings, UserError
 
 SAMPLED_LEVEL = 0.999
@@ -23,7 +24,7 @@ SERVERS = {"vLLM": "VLLM", "SGLang": "SGLANG"}
 # ---------------------------------------------------------------- one stored run
 
 
-def observed_requests(run: store.Run, prepared: session.Prepared) -> list[verdict.ObservedRequest]:
+def observed_requests(run: store.Run, prepared: inputs.Prepared) -> list[verdict.ObservedRequest]:
     """The requests of a stored run with their prompts, which are encoded again and must match
     the stored fingerprints. Raises UserError if one does not."""
     rows = {row.id: row for row in prepared.rows}
@@ -37,7 +38,7 @@ def observed_requests(run: store.Run, prepared: session.Prepared) -> list[verdic
     for r, turn in enumerate(turns):
         name, number = turn["conversation_id"], turn["turn"]
         earlier = [replies[name, t] for t in range(number)]
-        prompt = session.prompt_of(prepared, rows[name], number, earlier)
+        prompt = inputs.prompt_of(prepared, rows[name], number, earlier)
         if prompt.sha256 != turn["prompt_sha256"]:
             raise UserError(
                 f"the prompt of {name!r}, turn {number}, cannot be reproduced: the tokenizer or "
@@ -86,7 +87,7 @@ def case_of(run: store.Run, stop_ids: Sequence[int]) -> Case:
     )
 
 
-def judge(run: store.Run, prepared: session.Prepared, case: Case | None = None) -> verdict.Verdict:
+def judge(run: store.Run, prepared: inputs.Prepared, case: Case | None = None) -> verdict.Verdict:
     """Hold a stored run of a calibration checkpoint against its closed form."""
     found = observed_requests(run, prepared)
     case = case or case_of(run, prepared.stop_token_ids)
@@ -99,7 +100,7 @@ def judge(run: store.Run, prepared: session.Prepared, case: Case | None = None) 
 
 def _judge_steps(
     run: store.Run,
-    prepared: session.Prepared,
+    prepared: inputs.Prepared,
     found: Sequence[verdict.ObservedRequest],
     case: Case,
 ) -> verdict.Verdict:
@@ -219,7 +220,7 @@ def _judge_experts(
     return replace(outcome, sentence=sentence)
 
 
-def known_answer(directory: Path, prepared: session.Prepared) -> dict[str, Any] | None:
+def known_answer(directory: Path, prepared: inputs.Prepared) -> dict[str, Any] | None:
     """The manifest entry for a finished greedy run of a calibration checkpoint, else None."""
     run = store.load(directory)
     config = run.manifest["config"]
@@ -386,9 +387,9 @@ def calibrate(
             continue
         try:
             for config in configs:
-                prepared = session.prepare(config)
+                prepared = inputs.prepare(config)
                 run_dir = Path(config.save_dir or "")
-                outcome = session.measure(config, prepared, engine, session.Target(run_dir))
+                outcome = session.measure(config, prepared, engine, Target(run_dir))
                 if outcome.end.reason != "finished":
                     what = {
                         "engine died": "the engine died",

@@ -512,7 +512,7 @@ def _bucket_values(found: Bucket, per_tier: int | None) -> dict[str, Any]:
 
 def tokens_command(argv: list[str], prog: str) -> int:
     """`speedbench data tokens --out F.parquet` with the flags of a run: its prompts, encoded."""
-    from speedbench import environment, session
+    from speedbench import environment, inputs
     from speedbench.cli_run import run_parser
     from speedbench.configure import configuration
     from speedbench.datasets import tokens
@@ -527,7 +527,7 @@ def tokens_command(argv: list[str], prog: str) -> int:
     if config.prompts is not None:
         raise UserError("--prompts is a token file already: leave it out")
     warn_of_foreign_code(config.trust_remote_code)
-    prepared = session.prepare(config)
+    prepared = inputs.prepare(config)
     source = config.tokenizer or config.model_dir
     about = {
         "dataset": {

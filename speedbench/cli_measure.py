@@ -23,9 +23,12 @@ from speedbench.types import UserError
 
 if TYPE_CHECKING:  # imported where needed, so that --help answers at once
     from speedbench.config import RunConfig
+    from speedbench.inputs import Prepared
     from speedbench.launch import Launch
     from speedbench.replicas import Replicas
-    from speedbench.session import Outcome, Place, Prepared, Progress, Target
+    from speedbench.session import Outcome, Place
+    from speedbench.share import Progress
+    from speedbench.target import Target
     from speedbench.types import Engine
 
 
@@ -209,8 +212,9 @@ def measure(
     fault: str,
 ) -> Outcome:
     from speedbench import environment, session
+    from speedbench.share import Progress
 
-    progress = session.Progress()
+    progress = Progress()
     wanted = start.replicas.is_first and config.show_progress is not False
     with showing(progress, target.directory, wanted), signals.graceful():
         return session.measure(

@@ -266,8 +266,9 @@ def _run_asked(asked: Asked, signals: Signals, start: Start) -> int:
 
 
 def _run_one(asked: Asked, signals: Signals, start: Start) -> int:
-    from speedbench import session, store
+    from speedbench import inputs, store
     from speedbench.replicas import AgreedError
+    from speedbench.target import Target, call_complete, resumed_target
 
     replicas = start.replicas
     config, resume_dir = asked.config, asked.resume_dir
@@ -280,19 +281,19 @@ def _run_one(asked: Asked, signals: Signals, start: Start) -> int:
     replicas.from_first(lambda: store.refuse_unwritable(directory))
     warn_of_foreign_code(config.trust_remote_code and replicas.is_first)
     say(f"reading and encoding the prompts of --dataset {config.dataset}", config)
-    prepared = replicas.agree(lambda: session.prepare(config))
+    prepared = replicas.agree(lambda: inputs.prepare(config))
     refuse_other_prompts(replicas.exchange(prepared.fingerprint))
     if asked.fingerprint not in (None, prepared.fingerprint):
         raise AgreedError(not_repeatable(asked.fingerprint, prepared.fingerprint))
     target = replicas.from_first(
         lambda: (
-            session.resumed_target(directory, config, prepared)
+            resumed_target(directory, config, prepared)
             if resume_dir is not None
-            else session.Target(directory)
+            else Target(directory)
         )
     )
     if target.is_complete(prepared):
-        replicas.agree(lambda: session.call_complete(target) if replicas.is_first else None)
+        replicas.agree(lambda: call_complete(target) if replicas.is_first else None)
         if replicas.is_first:
             place = start.shown(directory)
             print_summary(directory, place)

@@ -18,10 +18,12 @@ from speedbench.types import UserError
 if TYPE_CHECKING:  # imported where needed, so that --help answers at once
     from speedbench.cli_measure import Start
     from speedbench.config import RunConfig
+    from speedbench.inputs import Prepared
     from speedbench.report.arms import Arm
     from speedbench.report.blocks import Block
     from speedbench.series import Kept, Plan, PlannedRun
-    from speedbench.session import Outcome, Prepared, Target
+    from speedbench.session import Outcome
+    from speedbench.target import Target
     from speedbench.types import Engine
 
 
@@ -130,13 +132,13 @@ class _Work:
         """Read and encode what is asked, once for all runs that ask the same."""
         trusts = any(run.cell.config.trust_remote_code for run in self.left)
         warn_of_foreign_code(trusts and self.start.replicas.is_first)
-        from speedbench import session
+        from speedbench import inputs
         from speedbench.replicas import AgreedError
 
         self._say(describe(self.plan, self.left))
         replicas = self.start.replicas
         for run in self.left:
-            key = session.input_identity(run.cell.config)
+            key = inputs.input_identity(run.cell.config)
             if key in self.inputs:
                 continue
             prepared = self._prepared(run.cell.config)
@@ -150,11 +152,11 @@ class _Work:
             self._hint_at_live_history()
 
     def _prepared(self, config: RunConfig) -> Prepared:
-        from speedbench import session
+        from speedbench import inputs
 
         replicas = self.start.replicas
         replicas.agree(lambda: cli_measure.refuse_replicas(config, replicas))
-        return replicas.agree(lambda: session.prepare(config))
+        return replicas.agree(lambda: inputs.prepare(config))
 
     def _hint_at_live_history(self) -> None:
         live = [prepared for prepared in self.inputs.values() if not prepared.all_turns]
@@ -213,29 +215,30 @@ class _Work:
 
     def _measured(self, run: PlannedRun) -> Outcome | None:
         """How the run ended; None if nothing of it was left to measure."""
-        from speedbench import series, session
+        from speedbench import inputs, series, session
         from speedbench.configure import refuse_unsupported
+        from speedbench.target import Target, call_complete, resumed_target
 
         replicas = self.start.replicas
         config = self._within_time(self.plan.config_of(run))
-        prepared = self.inputs[session.input_identity(config)]
+        prepared = self.inputs[inputs.input_identity(config)]
         directory = self.plan.directory / run.name
         replicas.agree(lambda: refuse_unsupported(config))
-        replicas.agree(lambda: session.refuse_missing_checkpoints(config))
+        replicas.agree(lambda: inputs.refuse_missing_checkpoints(config))
         replicas.from_first(lambda: series.refuse_headless(directory))
         target = replicas.from_first(
             lambda: (
-                session.resumed_target(directory, config, prepared)
+                resumed_target(directory, config, prepared)
                 if (directory / "manifest.json").is_file()
-                else session.Target(directory)
+                else Target(directory)
             )
         )
         if target.is_complete(prepared):
-            replicas.agree(lambda: session.call_complete(target) if replicas.is_first else None)
+            replicas.agree(lambda: call_complete(target) if replicas.is_first else None)
             return None
         self._open(config)
         info = session.engine_info(self.engine, replicas)
-        replicas.agree(lambda: session.within_limit(config, prepared, info))
+        replicas.agree(lambda: inputs.within_limit(config, prepared, info))
         self.claim()
         return self._on_engine(config, prepared, target, directory)
 

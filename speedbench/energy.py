@@ -8,7 +8,6 @@ parent does, and stores what it read once a second. Whatever goes wrong in it co
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import selectors
 import sys
@@ -18,31 +17,26 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import pyarrow as pa
-
 from speedbench import launch, store
-from speedbench.beside import Beside, give_way, say
+from speedbench.beside import Beside, Parts, give_way, say
 from speedbench.types import EngineInfo
 
 INTERVAL_S = 0.1
 WRITE_EVERY_S = 1.0
-PART_S = 60.0
-"""A part is written again every second until it holds a minute."""
-START_TIMEOUT_S = 30.0
-END_TIMEOUT_S = 5.0
 MODULE = "pynvml"
 
 
-class Sampler:
-    """Samples the GPUs of one replica between entering and leaving; enter it before the clock
-    starts. Never raises for a reason of its own.
+class Sampler(Beside):
+    """Samples the GPUs of one replica.
 
-    n_gpus   GPUs the replica's engine spreads over
-    why_not  why nothing is sampled, for the manifest; '' while it is
+    n_gpus  GPUs the replica's engine spreads over
     """
+
+    what = "the sampler"
+    module = "speedbench.energy"
+    end_timeout_s = 5.0
 
     def __init__(
         self,
@@ -54,47 +48,25 @@ class Sampler:
         n_gpus: int,
         environ: Mapping[str, str] | None = None,
     ) -> None:
+        super().__init__(environ, _why_not(info))
         self._directory = directory
         self._session, self._replica, self._n_gpus = session, replica, n_gpus
-        self._environ = dict(os.environ if environ is None else environ)
-        self._beside = Beside()
-        uses_none = info.simulated or info.settings.get("device") == "cpu"
-        self.why_not = "the engine used no GPU" if uses_none else ""
-        if info.name == "OPENAI":
-            self.why_not = "the GPUs of the server are not known"
 
-    def __enter__(self) -> Sampler:
-        if not self.why_not and find_spec(MODULE) is None:
-            self.why_not = "the package nvidia-ml-py is not installed"
-        if not self.why_not:
-            try:
-                self._start()
-            except Exception as error:  # noqa: BLE001 - a measurement must not end for this
-                self.why_not = f"the sampler could not start ({type(error).__name__}: {error})"
-                self._beside.end(END_TIMEOUT_S)
-        return self
+    def _words(self) -> Sequence[str]:
+        return [
+            *(str(self._directory.resolve()), "--session", str(self._session)),
+            *("--replica", str(self._replica), "--n_gpus", str(self._n_gpus)),
+            *("--root", str(_root(self._environ))),
+        ]
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(Exception):
-            self._beside.end(END_TIMEOUT_S)
 
-    def _start(self) -> None:
-        told = self._beside.start(
-            "speedbench.energy",
-            [
-                *(str(self._directory.resolve()), "--session", str(self._session)),
-                *("--replica", str(self._replica), "--n_gpus", str(self._n_gpus)),
-                *("--root", str(_root(self._environ))),
-            ],
-            self._environ,
-            START_TIMEOUT_S,
-        )
-        self.why_not = told["why_not"]
+def _why_not(info: EngineInfo) -> str:
+    """Why an engine's GPUs cannot be sampled, or ''."""
+    if info.name == "OPENAI":
+        return "the GPUs of the server are not known"
+    if info.simulated or info.settings.get("device") == "cpu":
+        return "the engine used no GPU"
+    return "" if find_spec(MODULE) else "the package nvidia-ml-py is not installed"
 
 
 def _root(environ: Mapping[str, str]) -> int:
@@ -317,31 +289,19 @@ class Processes:
         return False
 
 
-class Recorder:
-    """Rows of this sampler as numbered parts; the last one is written again until it is full."""
+class Recorder(Parts):
+    """What this sampler read."""
 
     def __init__(self, directory: Path, session: int, replica: int) -> None:
-        self._directory, self._replica = directory, replica
+        super().__init__(
+            store.next_energy_part(directory, replica),
+            store.ENERGY,
+            lambda number, table: store.write_energy_part(directory, number, replica, table),
+        )
         self._about = {"session": session, "replica": replica}
-        self._number = store.next_energy_part(directory, replica)
-        self._rows: list[dict[str, Any]] = []
 
     def take(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._rows.extend({**row, **self._about} for row in rows)
-
-    def write(self) -> None:
-        """Store what was taken. A disk that is full loses samples, which the report tells."""
-        if not self._rows:
-            return
-        try:
-            table = pa.Table.from_pylist(self._rows, schema=store.ENERGY)
-            store.write_energy_part(self._directory, self._number, self._replica, table)
-        except OSError:
-            return
-        finally:
-            if self._rows[-1]["time_ns"] - self._rows[0]["time_ns"] >= PART_S * 1e9:
-                self._rows = []
-                self._number += 1
+        self.rows.extend({**row, **self._about} for row in rows)
 
 
 if __name__ == "__main__":

@@ -263,3 +263,12 @@ def _sampled_sha256(file: Path, size: int, n_blocks: int = 64, block: int = 1 <<
 
 def command_line() -> list[str]:
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def plain(value: Any) -> Any:
+    """JSON-able: mappings and tuples become dicts and lists, anything odd its text."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -9,7 +9,6 @@ mean is `server_counters`' question.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import selectors
@@ -20,38 +19,33 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import pyarrow as pa
-
 from speedbench import server_counters, store
-from speedbench.beside import Beside, give_way, say
+from speedbench.beside import Beside, Parts, give_way, say
 from speedbench.prometheus import FormatError, Sample, parse
 
 INTERVAL_S = 1.0
-PART_S = 60.0
-"""A part is written again every second until it holds a minute."""
 SCRAPE_TIMEOUT_S = 5.0
 SETTLE_S = 0.2
 """Servers count a token a moment after they have sent it: between scrapes until they agree."""
 SETTLED_WITHIN_S = 3.0
-START_TIMEOUT_S = 30.0
-END_TIMEOUT_S = 30.0
 LARGEST_BYTES = 64 << 20
 PATHS = ("/metrics", "/prometheus/metrics")
 """Where servers have them: vLLM, SGLang, Dynamo; and trtllm-serve, whose /metrics is JSON."""
 ACCEPT = "text/plain; version=0.0.4"
 
 
-class Scraper:
-    """Scrapes a server between entering and leaving. Never raises for a reason of its own.
+class Scraper(Beside):
+    """Scrapes a server.
 
     addresses  where the metrics are; empty: look for them beside the server
     sources    where they were found, for the manifest
-    why_not    why nothing is scraped; '' while it is
     """
+
+    what = "the scraper"
+    module = "speedbench.server_metrics"
+    end_timeout_s = 30.0
 
     def __init__(
         self,
@@ -63,42 +57,18 @@ class Scraper:
         why_not: str = "",
         environ: Mapping[str, str] | None = None,
     ) -> None:
+        super().__init__(environ, why_not)
         self._directory, self._server, self._addresses = directory, server, tuple(addresses)
         self._session = session
-        self._environ = dict(os.environ if environ is None else environ)
-        self._beside = Beside()
-        self.sources: tuple[str, ...] = ()
-        self.why_not = why_not
 
-    def __enter__(self) -> Scraper:
-        if not self.why_not:
-            try:
-                self._start()
-            except Exception as error:  # noqa: BLE001 - a measurement must not end for this
-                self.why_not = f"the scraper could not start ({type(error).__name__}: {error})"
-                self._beside.end(0.0)
-        return self
+    @property
+    def sources(self) -> Sequence[str]:
+        return tuple(self.told.get("sources", ()))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(Exception):
-            self._beside.end(END_TIMEOUT_S)
-
-    def _start(self) -> None:
+    def _words(self) -> Sequence[str]:
         words = [str(self._directory.resolve()), "--session", str(self._session)]
         words += [word for address in self._addresses for word in ("--address", address)]
-        told = self._beside.start(
-            "speedbench.server_metrics",
-            [*words, "--server", self._server],
-            self._environ,
-            START_TIMEOUT_S,
-        )
-        self.why_not = str(told["why_not"])
-        self.sources = tuple(told.get("sources", ()))
+        return [*words, "--server", self._server]
 
 
 def addresses_of(metrics_url: str | None) -> tuple[str, ...]:
@@ -252,13 +222,16 @@ def shown(address: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-class Recorder:
-    """Scrapes of one session as numbered parts; the last one is written again until it is full."""
+class Recorder(Parts):
+    """Scrapes of one session."""
 
     def __init__(self, directory: Path, session: int) -> None:
-        self._directory, self._session = directory, session
-        self._number = store.next_server_metrics_part(directory)
-        self._rows: list[dict[str, Any]] = []
+        super().__init__(
+            store.next_server_metrics_part(directory),
+            store.SERVER_METRICS,
+            lambda number, table: store.write_server_metrics_part(directory, number, table),
+        )
+        self._session = session
 
     def take(self, one: Scrape) -> None:
         about = {
@@ -268,7 +241,7 @@ class Recorder:
             "source": one.source,
         }
         up = {"error": one.error} if one.error else {}
-        self._rows.append(
+        self.rows.append(
             {
                 **about,
                 "name": "up",
@@ -278,7 +251,7 @@ class Recorder:
             }
         )
         for sample in one.samples:
-            self._rows.append(
+            self.rows.append(
                 {
                     **about,
                     "name": sample.name,
@@ -287,20 +260,6 @@ class Recorder:
                     "value": sample.value,
                 }
             )
-
-    def write(self) -> None:
-        """Store what was taken. A disk that is full loses samples, which the report tells."""
-        if not self._rows:
-            return
-        try:
-            table = pa.Table.from_pylist(self._rows, schema=store.SERVER_METRICS)
-            store.write_server_metrics_part(self._directory, self._number, table)
-        except OSError:
-            return
-        finally:
-            if self._rows[-1]["time_ns"] - self._rows[0]["time_ns"] >= PART_S * 1e9:
-                self._rows = []
-                self._number += 1
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from speedbench import session
+from speedbench import inputs, session
 from speedbench.config import from_dict
+from speedbench.target import Target
 from speedbench.types import Engine, EngineCounters, EngineInfo, Request, Step
 
 
@@ -80,12 +81,12 @@ def measure_on_one_engine(asked: dict[str, Any]) -> None:
         _read_slowly(engine._llm)
     try:
         for config, run in zip(configs, asked["runs"], strict=True):
-            prepared = session.prepare(config)
+            prepared = inputs.prepare(config)
             if run.get("prompt") is not None:
                 key = (prepared.rows[3].id, 0)
                 changed = replace(prepared.prompts[key], token_ids=run["prompt"])
                 prepared = replace(prepared, prompts={**prepared.prompts, key: changed})
-            target = session.Target(Path(config.save_dir or ""))
+            target = Target(Path(config.save_dir or ""))
             lagging = Lagging(engine, run.get("lag_s", 0))
             outcome = session.measure(config, prepared, lagging, target)
             print(json.dumps([outcome.end.reason, outcome.n_failed]), flush=True)  # noqa: T201

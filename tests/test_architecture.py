@@ -52,7 +52,7 @@ ALLOWED = {
         "speedbench.manifest",
         "speedbench.part",
     },
-    "speedbench.beside": set(),
+    "speedbench.beside": {"pyarrow"},
     "speedbench.prometheus": set(),
     "speedbench.server_counters": {
         "pyarrow",
@@ -89,6 +89,9 @@ FORBIDDEN = {
     "speedbench.calibration": ("engines", "speedbench.loop", "speedbench.store", "speedbench.cli"),
     "speedbench.insights": ("engines", "speedbench.loop", "speedbench.session", "speedbench.cli"),
     "speedbench.energy": ("engines", "speedbench.loop", "speedbench.session", "speedbench.cli"),
+    "speedbench.inputs": ("engines", "speedbench.metrics", "speedbench.session"),
+    "speedbench.target": ("engines", "speedbench.metrics", "speedbench.session"),
+    "speedbench.share": ("engines", "speedbench.metrics", "speedbench.session"),
     "speedbench.session": ("engines", "speedbench.metrics", "speedbench.report", "speedbench.cli"),
 }
 

@@ -228,7 +228,7 @@ def test_an_error_in_the_measurement_passes_through(
         with energy.Sampler(
             tmp_path, info(), session=0, replica=0, n_gpus=1, environ=stand_in
         ) as sampler:
-            processes.append(sampler._beside._process)
+            processes.append(sampler._process)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -244,7 +244,7 @@ from speedbench.types import EngineInfo
 
 info = EngineInfo("VLLM", "1", 3, None, None, None)
 with energy.Sampler(Path(sys.argv[1]), info, session=0, replica=0, n_gpus=1) as sampler:
-    print(sampler._beside._process.pid, flush=True)
+    print(sampler._process.pid, flush=True)
     time.sleep(600)
 """
 

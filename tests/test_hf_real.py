@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import engines
-from speedbench import calibrate, checks, session, store
+from speedbench import calibrate, checks, inputs, session, store
 from speedbench.calibration.closed_form import next_token_logits, read_known_answer
 from speedbench.config import from_dict
+from speedbench.target import Target
 from speedbench.types import UNKNOWN
 from tests import hf_twin
 
@@ -74,7 +75,7 @@ def test_a_run_stores_the_steps_that_transformers_rules_give(
     _, output = command("run", *flags)
     run = store.load(tmp_path / "run")
     assert run.manifest["status"] == "complete", output
-    prepared = session.prepare(from_dict(told))
+    prepared = inputs.prepare(from_dict(told))
     known = read_known_answer(models / "word" / "target")
     stops = prepared.stop_token_ids
     assert stops
@@ -123,10 +124,10 @@ def sampled(models: Path, tmp_path: Path, algorithm: str, **changes: Any) -> sto
         settings(models, algorithm, tmp_path / "run", num_requests=33, output_length=40,
                  ignore_eos=True, **changes)
     )  # fmt: skip
-    prepared = session.prepare(config)
+    prepared = inputs.prepare(config)
     engine = engines.adapter("HF")(config.engine_settings())
     try:
-        session.measure(config, prepared, engine, session.Target(tmp_path / "run"))
+        session.measure(config, prepared, engine, Target(tmp_path / "run"))
     finally:
         engine.close()
     return store.load(tmp_path / "run")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engines.null
-from speedbench import calibrate, launch, session, store
+from speedbench import calibrate, inputs, launch, store
 from speedbench.cli import main
 from speedbench.config import from_dict
 from speedbench.launch import Launch
@@ -321,7 +321,7 @@ def test_two_replicas_of_real_vllm_are_exact(models: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     run = store.load(run_dir)
-    prepared = session.prepare(from_dict(run.manifest["config"]))
+    prepared = inputs.prepare(from_dict(run.manifest["config"]))
     verdict = calibrate.judge(run, prepared)
     assert verdict.ok, verdict.sentence
     assert len(run.columns.conversation_ids) == len(prepared.rows)

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from speedbench import calibrate, session, store
+from speedbench import calibrate, inputs, session, store
 from speedbench.calibration import closed_form
 from speedbench.config import from_dict
 from speedbench.report.summary import summarize
+from speedbench.target import Target
 from speedbench.types import UserError
 from tests.test_sglang_real import ENGINE_ARGS, environment
 from tests.test_vllm_real import ONE_THREAD
@@ -121,19 +122,19 @@ def config(url: str, models: Path, save_dir: Path, **changes: Any) -> Any:
     )  # fmt: skip
 
 
-def measured(settings: Any) -> tuple[store.Run, session.Prepared]:
+def measured(settings: Any) -> tuple[store.Run, inputs.Prepared]:
     import engines
 
-    prepared = session.prepare(settings)
+    prepared = inputs.prepare(settings)
     running = engines.adapter("OPENAI")(settings.engine_settings())
     try:
-        session.measure(settings, prepared, running, session.Target(Path(settings.save_dir or "")))
+        session.measure(settings, prepared, running, Target(Path(settings.save_dir or "")))
     finally:
         running.close()
     return store.load(settings.save_dir or ""), prepared
 
 
-def known_steps(run: store.Run, prepared: session.Prepared) -> list[int]:
+def known_steps(run: store.Run, prepared: inputs.Prepared) -> list[int]:
     """How many verifications accepted 0, 1, 2, 3 draft tokens, as computed from the prompts."""
     config = run.manifest["config"]
     known = closed_form.read_known_answer(
@@ -149,7 +150,7 @@ def known_steps(run: store.Run, prepared: session.Prepared) -> list[int]:
     return np.bincount(accepted, minlength=4).tolist()
 
 
-def hold(run: store.Run, prepared: session.Prepared) -> None:
+def hold(run: store.Run, prepared: inputs.Prepared) -> None:
     """Every request's verifications are the known ones, and so is what is made of them."""
     verdict = calibrate.judge(run, prepared)
     assert verdict.ok, verdict.sentence

@@ -15,12 +15,12 @@ from typing import Any, cast
 import pytest
 
 from speedbench import cli_measure, store
-from speedbench import session as session_of_cli
 from speedbench.cli import main
 from speedbench.cli_measure import _show, showing
 from speedbench.loop import Loop
 from speedbench.progress import Meter, Moment, StoredAcceptance, duration, line
 from speedbench.report.summary import summarize
+from speedbench.share import Progress
 from tests.builders import conversation, manifest, session, turn, write_part
 
 
@@ -178,7 +178,7 @@ class Counts:
 
 def shown(directory: Path, ticks: Ticks) -> None:
     counts = cast(Loop, Counts())
-    _show(session_of_cli.Progress(5, ["b"], time.monotonic(), counts), directory, ticks)
+    _show(Progress(5, ["b"], time.monotonic(), counts), directory, ticks)
 
 
 def test_a_log_has_a_plain_line_each_half_minute_on_stderr_alone(
@@ -218,14 +218,14 @@ def test_a_terminal_has_one_line_that_is_written_again(
 def test_nothing_is_shown_before_the_loop_begins(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    _show(session_of_cli.Progress(), begun(tmp_path / "run"), Ticks(3))
+    _show(Progress(), begun(tmp_path / "run"), Ticks(3))
     assert capfd.readouterr() == ("", "")
 
 
 def test_progress_can_be_turned_off(tmp_path: Path) -> None:
-    with showing(session_of_cli.Progress(), tmp_path, False):
+    with showing(Progress(), tmp_path, False):
         assert "speedbench-progress" not in {thread.name for thread in threading.enumerate()}
-    with showing(session_of_cli.Progress(), tmp_path, True):
+    with showing(Progress(), tmp_path, True):
         assert "speedbench-progress" in {thread.name for thread in threading.enumerate()}
 
 

@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from speedbench import session, store
+from speedbench import inputs, session, store
 from speedbench.cli import main
 from speedbench.config import from_dict
 from speedbench.replicas import ALONE, AgreedError, Replicas
 from speedbench.report.summary import summarize
+from speedbench.share import Ended
 from speedbench.types import EngineInfo, UserError
 from tests.launchers import MPIRUN, NULL, ROOT, clean_environment, mpirun
 
@@ -77,7 +78,7 @@ def test_two_replicas_make_one_run_with_the_throughput_of_both(tmp_path: Path) -
 
     # Each rank measured rows[r::2] of the shuffled order that one process would ask.
     config = from_dict({"engine": "NULL", "dataset": "random", "random_isl": 4, "num_requests": 61})
-    order = [row.id for row in session.prepare(config).rows]
+    order = [row.id for row in inputs.prepare(config).rows]
     turns, steps = raw(run_dir)
     for rank in (0, 1):
         mine = {turn["conversation_id"] for turn in turns if turn["replica"] == rank}
@@ -349,9 +350,9 @@ def test_infos_that_differ_name_the_field() -> None:
 def test_of_replicas_the_worst_end_and_status_count() -> None:
     from speedbench.loop import LoopEnd
 
-    def ended(reason: str, not_stored: str = "") -> session._Ended:
+    def ended(reason: str, not_stored: str = "") -> Ended:
         end = LoopEnd(reason, f"it {reason}", 0, 1, 0, 0, 0)  # type: ignore[arg-type]
-        return session._Ended(end, 5, 4, 1, {}, not_stored)
+        return Ended(end, 5, 4, 1, {}, not_stored)
 
     for reasons, status in (
         (("finished", "finished"), "complete"),

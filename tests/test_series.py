@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from speedbench import series, session, store
+from speedbench import inputs, series, store
 from speedbench.cli import main
 from speedbench.config import RunConfig
 from tests.launchers import MPIRUN, ROOT, clean_environment, mpirun
@@ -375,13 +375,13 @@ def test_prompts_are_encoded_once_for_all_cells_that_ask_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int | None] = []
-    prepare = session.prepare
+    prepare = inputs.prepare
 
-    def counting(config: RunConfig) -> session.Prepared:
+    def counting(config: RunConfig) -> inputs.Prepared:
         made.append(config.random_isl)
         return prepare(config)
 
-    monkeypatch.setattr(session, "prepare", counting)
+    monkeypatch.setattr(inputs, "prepare", counting)
     command = ["sweep", *SMALL, *GRID, "--grid", "random_isl=4,9", "--grid", "temperature=0,1"]
     assert main([*command, "--save_dir", str(tmp_path / "d")]) == 0
     assert sorted(made) == [4, 9]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import engines.vllm
-from speedbench import calibrate, session, store
+from speedbench import calibrate, inputs, store
 from speedbench.cli import main
 from speedbench.config import from_dict
 from speedbench.report.arms import load_arms
@@ -56,7 +56,7 @@ def flags(models: Path, tmp_path: Path, *more: str) -> list[str]:
 def judged(directory: Path) -> store.Run:
     """A run, once every one of its steps was found to be the closed form's."""
     run = store.load(directory)
-    prepared = session.prepare(from_dict(run.manifest["config"]))
+    prepared = inputs.prepare(from_dict(run.manifest["config"]))
     verdict = calibrate.judge(run, prepared)
     assert verdict.ok, verdict.sentence
     assert verdict.kind == "exact"

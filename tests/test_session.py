@@ -19,9 +19,10 @@ import pytest
 
 import engines
 import engines.null
-from speedbench import session, store
+from speedbench import inputs, session, store
 from speedbench.cli import main
 from speedbench.config import from_dict
+from speedbench.target import Target, refuse_changed, resumed_target, same_engine
 from speedbench.types import (
     EngineDiedError,
     EngineInfo,
@@ -190,15 +191,15 @@ def test_two_resumptions_at_once_double_nothing(tmp_path: Path) -> None:
     settings = from_dict({"engine": "NULL", "random_isl": 4, "dataset": "random",
                           "num_requests": 30, "output_length": 4, "concurrency": 2,
                           "save_dir": str(tmp_path / "run")})  # fmt: skip
-    prepared = session.prepare(settings)
+    prepared = inputs.prepare(settings)
 
-    def measured(target: session.Target, stop: Callable[[], str | None]) -> None:
+    def measured(target: Target, stop: Callable[[], str | None]) -> None:
         engine = engines.adapter("NULL")(settings.engine_settings())
         session.measure(settings, prepared, engine, target, stop=stop)
 
     polls = iter([None] * 20)
-    measured(session.Target(tmp_path / "run"), lambda: next(polls, "enough"))
-    first, second = (session.resumed_target(tmp_path / "run", settings, prepared) for _ in "ab")
+    measured(Target(tmp_path / "run"), lambda: next(polls, "enough"))
+    first, second = (resumed_target(tmp_path / "run", settings, prepared) for _ in "ab")
     assert 0 < len(first.done) < 30
     measured(first, lambda: None)
     with pytest.raises(UserError, match="another process"):
@@ -316,7 +317,7 @@ def test_what_the_warm_up_taught_is_forgotten_before_anything_is_measured(tmp_pa
          "output_length": 4, "concurrency": 2, "warmup": 3}
     )  # fmt: skip
     engine = Learner(settings.engine_settings())
-    session.measure(settings, session.prepare(settings), engine, session.Target(tmp_path / "run"))
+    session.measure(settings, inputs.prepare(settings), engine, Target(tmp_path / "run"))
     assert engine.events == ["w"] * 3 + ["forget"] + ["s0"] * 5
 
 
@@ -504,7 +505,7 @@ def test_a_run_that_another_process_made_meanwhile_is_not_written_over(tmp_path:
     assert main(arguments(tmp_path / "run", "--num_requests", "3")) == 0
     before = (tmp_path / "run" / "manifest.json").read_text()
     with pytest.raises(UserError, match="already holds a run"):
-        session._refuse_changed(session.Target(tmp_path / "run"))
+        refuse_changed(Target(tmp_path / "run"))
     assert (tmp_path / "run" / "manifest.json").read_text() == before
 
 
@@ -523,7 +524,7 @@ def test_what_an_older_format_does_not_tell_of_its_engine_is_not_compared(tmp_pa
     changed = {**store.read_manifest(run_dir), "status": "partial"}
     info = EngineInfo(**{**changed["engine"], "max_num_seqs": 999})
     with pytest.raises(UserError, match="max_num_seqs"):
-        session._same_engine(info, session.Target(run_dir, manifest=changed))
+        same_engine(info, Target(run_dir, manifest=changed))
 
 
 @pytest.mark.parametrize("status", ["running", "partial", "failed"])

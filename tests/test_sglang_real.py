@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from speedbench import calibrate, session, store
+from speedbench import calibrate, inputs, store
 from speedbench.calibration import closed_form
 from speedbench.checks import reconcile
 from speedbench.config import from_dict
@@ -98,9 +98,9 @@ def config(models: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def loaded(directory: Path) -> tuple[store.Run, session.Prepared]:
+def loaded(directory: Path) -> tuple[store.Run, inputs.Prepared]:
     run = store.load(directory)
-    return run, session.prepare(from_dict(run.manifest["config"]))
+    return run, inputs.prepare(from_dict(run.manifest["config"]))
 
 
 # ---------------------------------------------------------------- every step

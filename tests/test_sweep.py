@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import engines
 import engines.null
-from speedbench import series, session, sweep
+from speedbench import inputs, series, sweep
 from speedbench.cli import main
 from speedbench.config import RunConfig, from_dict
 from speedbench.configure import cell_configuration, most_requests
@@ -441,18 +441,18 @@ CHANGED: Mapping[str, Any] = {
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")
 def test_what_changes_no_prompt_shares_them_and_everything_else_does_not() -> None:
     base = from_dict({**NULL, "dataset": "random", "dataset_kwargs": {"n_rows": 5}})
-    made = session.prepare(base)
-    assert set(CHANGED) == session.NOT_INPUT
+    made = inputs.prepare(base)
+    assert set(CHANGED) == inputs.NOT_INPUT
     for name, value in CHANGED.items():
         other = base.model_copy(update={name: value})
-        assert session.input_identity(other) == session.input_identity(base), name
-        again = session.prepare(other)
+        assert inputs.input_identity(other) == inputs.input_identity(base), name
+        again = inputs.prepare(other)
         assert (again.fingerprint, again.rows, again.stop_token_ids) == (
             made.fingerprint, made.rows, made.stop_token_ids,
         ), name  # fmt: skip
-    for name in set(RunConfig.model_fields) - session.NOT_INPUT:
+    for name in set(RunConfig.model_fields) - inputs.NOT_INPUT:
         other = base.model_copy(update={name: "another"})
-        assert session.input_identity(other) != session.input_identity(base), name
+        assert inputs.input_identity(other) != inputs.input_identity(base), name
 
 
 # --- mistakes -------------------------------------------------------------------------------------

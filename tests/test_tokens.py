@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from speedbench import cli, cli_base, session, store
+from speedbench import cli, cli_base, inputs, store
 from speedbench.config import from_dict
 from speedbench.datasets import tokens
 from speedbench.types import UserError
@@ -40,11 +40,11 @@ def made(models: Path, single: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_the_same_fingerprint_and_end_as_from_text(models: Path, single: Path, made: Path) -> None:
-    text = session.prepare(
+    text = inputs.prepare(
         from_dict({"engine": "NULL", "model_dir": str(models / "word/target"), "dataset": "jsonl",
                    "dataset_path": str(single)})
     )  # fmt: skip
-    encoded = session.prepare(from_dict({"engine": "NULL", "prompts": str(made)}))
+    encoded = inputs.prepare(from_dict({"engine": "NULL", "prompts": str(made)}))
     assert encoded.fingerprint == text.fingerprint
     assert encoded.stop_token_ids == text.stop_token_ids != ()
     assert encoded.dataset.sha256 == text.dataset.sha256
@@ -115,9 +115,9 @@ def test_a_changed_or_foreign_file_is_refused(made: Path, tmp_path: Path) -> Non
 def test_the_tokens_of_another_model_are_refused(made: Path, models: Path) -> None:
     other = {"engine": "NULL", "prompts": str(made), "model_dir": str(models / "bpe/target")}
     with pytest.raises(UserError, match=r"whose tokenizer\.json is not that of"):
-        session.prepare(from_dict(other))
+        inputs.prepare(from_dict(other))
     same = {**other, "model_dir": str(models / "word/target")}
-    assert session.prepare(from_dict(same)).encoder is None
+    assert inputs.prepare(from_dict(same)).encoder is None
 
 
 def test_an_existing_file_is_not_replaced(

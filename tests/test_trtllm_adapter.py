@@ -28,10 +28,11 @@ from engines.trtllm_arguments import (
     accepted_names,
     recorded_environment,
 )
-from speedbench import calibrate, session, store
+from speedbench import calibrate, environment, inputs, session, store
 from speedbench.calibration import closed_form
 from speedbench.cli import main
 from speedbench.config import from_dict
+from speedbench.target import Target
 from speedbench.types import (
     Algorithm,
     EngineDiedError,
@@ -162,7 +163,7 @@ def test_every_algorithm_of_every_version_starts_and_streams(
     assert not info.simulated
     assert info.unused == ()
     assert engine.counters() is None
-    json.dumps(session._plain(info.settings))
+    json.dumps(environment.plain(info.settings))
     assert stage.unverified() == set()
     config = stage.llm.args.speculative_config
     if algorithm == "NONE":
@@ -897,7 +898,7 @@ def test_the_adapter_leaves_mpi_alone() -> None:
 # ---------------------------------------------------------------- whole runs
 
 
-def measured(models: Path, folder: Path, **changes: Any) -> tuple[store.Run, session.Prepared]:
+def measured(models: Path, folder: Path, **changes: Any) -> tuple[store.Run, inputs.Prepared]:
     """A stored run of the word pair, K = 3, 40 tokens."""
     config = from_dict(
         {
@@ -914,10 +915,10 @@ def measured(models: Path, folder: Path, **changes: Any) -> tuple[store.Run, ses
             **changes,
         }
     )
-    prepared = session.prepare(config)
+    prepared = inputs.prepare(config)
     engine = engines.adapter(config.engine)(config.engine_settings())
     try:
-        session.measure(config, prepared, engine, session.Target(folder / "run"))
+        session.measure(config, prepared, engine, Target(folder / "run"))
     finally:
         engine.close()
     return store.load(folder / "run"), prepared

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 import engines
-from speedbench import calibrate, session, store
+from speedbench import calibrate, inputs, session, store
 from speedbench.calibration.verdict import Fault
 from speedbench.config import RunConfig, from_dict
 from speedbench.report.summary import summarize
+from speedbench.target import Target
 from speedbench.types import Engine, EngineCounters, EngineInfo, Request, Step
 from tests.processes import children_of, is_running
 
@@ -84,7 +85,7 @@ class Fresh:
 
     engine: Engine
     run: store.Run
-    prepared: session.Prepared
+    prepared: inputs.Prepared
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +105,10 @@ def engine(fresh: Fresh) -> Engine:
 
 def measured(
     engine: Engine, settings: RunConfig
-) -> tuple[store.Run, session.Prepared, session.Outcome]:
-    prepared = session.prepare(settings)
+) -> tuple[store.Run, inputs.Prepared, session.Outcome]:
+    prepared = inputs.prepare(settings)
     directory = Path(settings.save_dir or "")
-    outcome = session.measure(settings, prepared, engine, session.Target(directory))
+    outcome = session.measure(settings, prepared, engine, Target(directory))
     return store.load(directory), prepared, outcome
 
 
@@ -383,13 +384,13 @@ def measured_with_prompt(
     engine: Engine, settings: RunConfig, token_ids: Sequence[int]
 ) -> tuple[str, session.Outcome, store.Run]:
     """A run whose fourth row has these token IDs for its prompt; that row's id."""
-    prepared = session.prepare(settings)
+    prepared = inputs.prepare(settings)
     victim = prepared.rows[3].id
     prompts = dict(prepared.prompts)
     prompts[victim, 0] = replace(prompts[victim, 0], token_ids=token_ids)
     directory = Path(settings.save_dir or "")
     spoiled = replace(prepared, prompts=prompts)
-    outcome = session.measure(settings, spoiled, engine, session.Target(directory))
+    outcome = session.measure(settings, spoiled, engine, Target(directory))
     return victim, outcome, store.load(directory)
 
 

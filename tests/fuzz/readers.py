@@ -271,10 +271,10 @@ def _tokens_seeds() -> Sequence[Files]:
 
 
 def _tokens(folder: Path) -> None:
-    from speedbench import session
+    from speedbench import inputs
     from speedbench.config import from_dict
 
-    prepared = session.prepare(
+    prepared = inputs.prepare(
         from_dict({"engine": "NULL", "prompts": str(folder / "tokens.parquet")})
     )
     for prompt in prepared.prompts.values():
