@@ -372,7 +372,7 @@ def test_a_failed_write_is_salvaged_with_its_experts(tmp_path: Path) -> None:
     blocker = directory / "steps" / ".00000.parquet.tmp"
     blocker.mkdir()
     writer.commit(with_experts("e", 1))
-    writer._queue.put(None)
+    writer._closing.set()
     writer._thread.join()  # it has failed
     blocker.rmdir()
     with pytest.raises(UserError, match="0 finished conversation"):
