@@ -218,7 +218,8 @@ it began: {busy:.1f}. The scripted server (`tests/http_server.py`) shares these 
 CPU per chunk: CPU time of the tool with all its processes beyond that of one request alone, per
 chunk of one token. First token later by: the tool's TTFT beyond the server's scheduled wait, so
 connecting, queueing in the client and reading are in it. Gap: mean time between a request's tokens
-by the tool's own numbers, beside that by which the server wrote them (median over requests).
+by the tool's own numbers, beside that by which the server wrote them (median over requests). At one
+stream a tool mostly waits: what it computes meanwhile is all on a few chunks there.
 
 {table}"""
 

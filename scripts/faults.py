@@ -9,6 +9,7 @@ and docs/faults.md with what was promised and what was seen.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
@@ -85,14 +86,18 @@ def tried(fault: Fault, times: int, seed: int) -> Tally:
     for turn in range(times):
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             tally.n += 1
+            scene = Scene(Path(folder), Random(f"{seed}:{turn}"))
             try:
-                tally.seen[fault.happen(Scene(Path(folder), Random(f"{seed}:{turn}")))] += 1
+                tally.seen[fault.happen(scene)] += 1
             except CannotError as reason:
                 tally.cannot = str(reason)
                 tally.n = 0
                 break
-            except AssertionError as broken:
-                tally.broken.append(f"try {turn}: {' '.join(str(broken).split())[:300]}")
+            except Exception as broken:  # noqa: BLE001 - what no promise foresaw breaks one
+                what = " ".join(f"{type(broken).__name__}: {broken}".split())
+                tally.broken.append(f"try {turn}: {what[:300]}")
+                with contextlib.suppress(AssertionError):
+                    scene.nobody_is_left()
     return tally
 
 

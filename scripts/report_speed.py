@@ -320,8 +320,9 @@ def write(
         },
         schema=store.STEPS,
     )
-    pq.write_table(steps, directory / "steps" / f"{part:05d}.parquet", compression="zstd")
-    pq.write_table(turns, directory / "turns" / f"{part:05d}.parquet", compression="zstd")
+    for folder, table in (("steps", steps), ("turns", turns)):
+        path = directory / folder / f"{part:05d}.parquet"
+        pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 # ---------------------------------------------------------------- the report

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 
-NICENESS = 10
 START_TIMEOUT_S = 30.0
 PART_S = 60.0
 """A part is written again until it holds a minute."""
@@ -125,12 +124,6 @@ def say(told: Mapping[str, Any]) -> int:
         sys.stdout.write(json.dumps(dict(told)) + "\n")
         sys.stdout.flush()
     return 1 if told["why_not"] else 0
-
-
-def give_way() -> None:
-    """What is measured goes first."""
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
 
 
 class Parts:

@@ -234,10 +234,11 @@ def measure(
 
 
 def _abandon(outcome: Outcome, directory: Path, signals: Signals) -> NoReturn:
-    """The end of a process whose engine hangs in it: everything is stored."""
+    """The end of a process whose engine hangs in it."""
+    stored = f"What was measured is stored: speedbench report {directory}, and --resume"
     print(
         f"\nspeedbench: {outcome.end.message}; the engine cannot be left, so this process ends. "
-        f"What was measured is stored: speedbench report {directory}, and --resume",
+        f"{outcome.not_stored or stored}",
         file=sys.stderr,
     )
     with suppress(OSError, ValueError):

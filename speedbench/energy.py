@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from speedbench import launch, store
-from speedbench.beside import Beside, Parts, give_way, say
+from speedbench.beside import Beside, Parts, say
+from speedbench.processes import give_way
 from speedbench.types import EngineInfo
 
 INTERVAL_S = 0.1

@@ -82,12 +82,11 @@ def serve(parent: int) -> None:
     """Until the parent is gone; one that ends in order ends this process first."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # a batch system's notice is for the run
-    with contextlib.suppress(OSError):
-        os.nice(10)
+    processes.give_way()
     watched = _Watched(parent)
     while True:
         if os.getppid() != parent:  # the pipe alone does not tell: forks keep it open
-            processes.kill(watched.known.items())
+            watched.end_what_is_left()
             return
         if select.select([0], [], [], POLL_S)[0]:
             text = os.read(0, 1 << 16)
@@ -118,6 +117,7 @@ class _Watched:
             if word == "expect":
                 limit, _, path = more.partition(" ")
                 self._limit_s, self._stacks = float(limit), Path(path)
+                self._scan_s, self._next_scan_s = SCAN_S[0], 0.0  # an engine has just started
             elif word == "relax":
                 self._limit_s = float("inf")
 
@@ -135,6 +135,12 @@ class _Watched:
         self._last_s = now_s
         if self._silent_s > self._limit_s:
             self._end()
+
+    def end_what_is_left(self) -> None:
+        """Of a parent that is gone: what it had started, and what that has started since."""
+        begun = {p: when for p, when in self.known.items() if processes.started(p) == when}
+        younger = {d: processes.started(d) for p in begun for d in processes.of_engine(p)}
+        processes.kill({**younger, **begun}.items())
 
     def _since(self, process: int) -> str:
         """When a known process began, if it is still the same."""

@@ -230,6 +230,11 @@ def _frozen_replies(config: RunConfig) -> Mapping[str, tuple[str, ...]]:
         turns["output_token_ids"].to_pylist(),
         strict=True,
     ):
+        if UNKNOWN in ids:
+            raise UserError(
+                f"--history_from {source} holds no answers: its server told how many tokens came, "
+                "not which; give the run of another engine"
+            )
         if reason not in store.FAILED:
             replies.setdefault(name, {})[turn] = encoder.reply_text(ids)
     return {name: tuple(by[t] for t in sorted(by)) for name, by in replies.items()}

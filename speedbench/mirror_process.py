@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from speedbench.mirror import Mirror, Uploaded, mend, opened, verdict
+from speedbench.processes import give_way
 from speedbench.remote import canonical, is_url, local_path, told
 from speedbench.types import UserError
 
@@ -152,8 +153,7 @@ def serve(directory: Path, url: str, resume: bool, parent: int) -> None:
     """Mirror until the process that asked for it says so on stdin, or is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # it ends when the run ends, which they are for
-    with suppress(OSError):
-        os.nice(10)
+    give_way()
     try:
         with opened(directory, url, "resume" if resume else "new") as (mirror, news):
             _say({"news": news})

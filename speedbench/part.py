@@ -42,6 +42,12 @@ def read(path: Path, schema: pa.Schema, limits: Limits) -> pa.Table:
     """A part as it was written. Raises one of READ_ERRORS."""
     table = pq.read_table(path, schema=schema, page_checksum_verification=True)
     table.validate(full=True)
+    refuse_odd(table, limits)
+    return table
+
+
+def refuse_odd(table: pa.Table, limits: Limits) -> None:
+    """Raise DamagedError for values that no part of the kind can hold."""
     for field, column in zip(table.schema, table.columns, strict=True):
         name = field.name
         if column.null_count and name not in limits.nullable:
@@ -51,7 +57,6 @@ def read(path: Path, schema: pa.Schema, limits: Limits) -> pa.Table:
             if column.null_count:
                 raise DamagedError(f"a list in its column {name} lacks values")
         _refuse_beyond(name, column, limits)
-    return table
 
 
 def _refuse_beyond(name: str, column: pa.ChunkedArray, limits: Limits) -> None:

@@ -12,6 +12,8 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +26,8 @@ NOT_OF_ENGINE = (
     "multiprocessing.resource_tracker",
 )
 """Helpers that end by themselves when the run does: what they have left to do is worth doing."""
+
+NICENESS = 10
 
 ABORT_S = 3.0
 """How long a process may take to print its stacks."""
@@ -49,6 +53,14 @@ def descendants(process: int) -> list[int]:
 def _is_helper(process: int) -> bool:
     command = command_of(process)
     return any(name in command for name in NOT_OF_ENGINE)
+
+
+def give_way() -> None:
+    """Where the CPUs are all busy, what is measured goes before this thread and what it starts.
+    Only Linux has priorities of threads: elsewhere a thread beside the main one keeps its own."""
+    if sys.platform == "linux" or threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 def command_of(process: int) -> str:

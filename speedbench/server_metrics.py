@@ -22,7 +22,8 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from speedbench import server_counters, store
-from speedbench.beside import Beside, Parts, give_way, say
+from speedbench.beside import Beside, Parts, say
+from speedbench.processes import give_way
 from speedbench.prometheus import FormatError, Sample, parse
 
 INTERVAL_S = 1.0

@@ -50,6 +50,7 @@ class Outcome:
     n_rows: int
     n_committed: int
     n_failed: int
+    not_stored: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,10 @@ def measure(
         except BaseException as error:  # ended at once, by the user or a fault
             if replicas.size == 1:
                 with contextlib.suppress(Exception):
-                    concluded(ended or share.cut(*_why_at_once(error, stop)))
+                    ended = ended or share.cut(*_why_at_once(error, stop))
+                    concluded(ended)
+                if ended is not None and ended.not_stored:
+                    raise NotStoredError(ended.not_stored) from None
             raise
     _raise_not_stored(all_ended)
     return _outcome(all_ended)
@@ -294,6 +298,7 @@ def _outcome(all_ended: Sequence[Ended]) -> Outcome:
         sum(one.n_rows for one in all_ended),
         sum(one.n_committed for one in all_ended),
         sum(one.n_failed for one in all_ended),
+        next(filter(None, (one.not_stored for one in all_ended)), ""),
     )
 
 

@@ -141,7 +141,7 @@ class Share:
         before = engine.counters()
         going, name = self.going, f"s{self.target.session}"
         writer = store.Writer(self.target.directory, self.target.session, self.replicas.rank)
-        stop = _first_of(_deadline(self.config.max_duration), lambda: _broken(writer), self.stop)
+        stop = first_of(deadline(self.config.max_duration), lambda: broken(writer), self.stop)
         loop = Loop(
             engine,
             prompt_source(self.config, self.prepared, self.info),
@@ -150,7 +150,7 @@ class Share:
             concurrency=self.config.concurrency,
             id_prefix=f"{name}-" if self.replicas.size == 1 else f"{name}r{self.replicas.rank}-",
             commit=_noting_failures(writer, going.failed),
-            stop=_first_of(stop, lambda: watchdog.fault or None),
+            stop=first_of(stop, lambda: watchdog.fault or None),
             clock=self.clock,
             arrivals=self.arrivals,
         )
@@ -364,7 +364,8 @@ def _noting_failures(
     return commit
 
 
-def _deadline(max_duration_s: float | None) -> Callable[[], str | None]:
+def deadline(max_duration_s: float | None) -> Callable[[], str | None]:
+    """Why to stop once that time is over."""
     end_s = None if max_duration_s is None else time.monotonic() + max_duration_s
 
     def check() -> str | None:
@@ -375,11 +376,14 @@ def _deadline(max_duration_s: float | None) -> Callable[[], str | None]:
     return check
 
 
-def _broken(writer: store.Writer) -> str | None:
+def broken(writer: store.Writer) -> str | None:
+    """Why to stop once nothing can be stored."""
     return None if writer.failure is None else f"storing failed: {writer.failure}"
 
 
-def _first_of(*checks: Callable[[], str | None]) -> Callable[[], str | None]:
+def first_of(*checks: Callable[[], str | None]) -> Callable[[], str | None]:
+    """The first reason that any of them has."""
+
     def check() -> str | None:
         for one in checks:  # a generator would cost three times as much, at every poll
             if (why := one()) is not None:

@@ -19,7 +19,6 @@ import json
 import os
 import pwd
 import queue
-import sys
 import tempfile
 import threading
 import time
@@ -39,6 +38,7 @@ from speedbench import manifest as manifests
 from speedbench import part
 from speedbench.columns import Columns, Ints, Told
 from speedbench.environment import redact, redact_text
+from speedbench.processes import give_way
 from speedbench.steps import Steps
 from speedbench.types import (
     UNKNOWN,
@@ -301,7 +301,7 @@ def refuse_unwritable(directory: Path) -> None:
             "--save_dir"
         ) from None
     for path in sorted(directory.glob(".lock*")):
-        with path.open("a+") as handle:
+        with _lock_file(path) as handle:
             _lock(handle, directory)
 
 
@@ -351,11 +351,12 @@ TICK_S = 0.05
 """Between two looks at what was committed. A thread that is woken for every conversation takes the
 interpreter from the loop each time."""
 
+BACKLOG = 10_000
+"""Conversations that wait to be looked at: with more of them the writer rests no more."""
+
 REST = 4.0
 """After making a table the writer rests for so many times what that took: where two threads want
 the interpreter each has half of it, and at 400,000 steps a second the loop needs more."""
-
-NICENESS = 10
 
 AT_ONCE_STEPS = 16_384
 """Steps made into a table at once: each of the calls this takes holds the interpreter, and with it
@@ -424,7 +425,7 @@ class Writer:
                 self._unwritten.append(record)
 
     def _work(self) -> None:
-        _give_way()
+        give_way()
         pending: list[ConversationRecord] = []
         n_steps, due_s, closing = 0, 0.0, False
         while not closing:
@@ -462,36 +463,26 @@ class Writer:
             self._write_part(sound)
 
     def _rested(self, turns: Sequence[TurnRecord]) -> pa.Table:
-        began_s = time.monotonic()
+        began_s = time.thread_time()
         table = _steps_table(turns, self._origin)
-        self._closing.wait(REST * (time.monotonic() - began_s))
+        if self._queue.qsize() < BACKLOG:
+            self._closing.wait(REST * (time.thread_time() - began_s))
         return table
 
     def _write_part(self, records: Sequence[ConversationRecord]) -> None:
         name = f"{self._next_part:05d}{_suffix(self._origin.replica)}.parquet"
         turns = [turn for record in records for turn in record.turns]
-        tables = {
-            "experts": _experts_table(turns, self._origin),
-            "served": _served_table(turns, self._origin),
-            "steps": pa.concat_tables([self._rested(some) for some in _in_small_numbers(turns)]),
-            "turns": _turns_table(records, turns, self._origin),
-        }
-        for folder, table in tables.items():
+        steps = pa.concat_tables([self._rested(some) for some in _in_small_numbers(turns)])
+        for folder, table in _tables(records, turns, steps, self._origin).items():
             if folder in OPTIONAL and not table.num_rows:
+                # Of an attempt at this part that failed, and held other conversations.
+                (self._directory / folder / name).unlink(missing_ok=True)
                 continue
             # Empty folders are lost where a run is copied, or fetched from an object store.
             (self._directory / folder).mkdir(exist_ok=True)
             with _replacing(self._directory / folder / name) as path:
                 pq.write_table(table, path, compression="zstd", write_page_checksum=True)
         self._next_part += 1
-
-
-def _give_way() -> None:
-    """Where the CPUs are all busy, the threads that measure go first. Only Linux has priorities of
-    threads; elsewhere this would be the whole process."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:
@@ -513,8 +504,7 @@ def _sound(record: ConversationRecord) -> ConversationRecord:
 def _sound_turn(turn: TurnRecord) -> TurnRecord:
     origin = _Origin(0, 0)
     try:
-        _steps_table([turn], origin)
-        _turns_table([ConversationRecord("", "", (turn,))], [turn], origin)
+        _tables([ConversationRecord("", "", (turn,))], [turn], _steps_table([turn], origin), origin)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         told = (str(error).splitlines() or [type(error).__name__])[0]
         sentence = f"what the engine gave cannot be stored as numbers ({told})"
@@ -532,6 +522,27 @@ class _Origin(NamedTuple):
 def _suffix(replica: int) -> str:
     """What tells the parts of replicas apart, so that each numbers its own."""
     return f"-r{replica}" if replica else ""
+
+
+def _tables(
+    records: Sequence[ConversationRecord],
+    turns: Sequence[TurnRecord],
+    steps: pa.Table,
+    origin: _Origin,
+) -> Mapping[str, pa.Table]:
+    """What each folder gets of a part, in the order in which it is written. Raises ValueError for
+    what would not be read again, a whole part with it."""
+    tables = {
+        "experts": _experts_table(turns, origin),
+        "served": _served_table(turns, origin),
+        "steps": steps,
+        "turns": _turns_table(records, turns, origin),
+    }
+    for folder, table in tables.items():
+        part.refuse_odd(table, LIMITS[folder])
+    if (reason := _odd_reason(tables["turns"])) is not None:
+        raise ValueError(f"{reason!r} is no reason to finish")
+    return tables
 
 
 def _experts_table(turns: Sequence[TurnRecord], origin: _Origin) -> pa.Table:

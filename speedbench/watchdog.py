@@ -113,10 +113,11 @@ class Watchdog:
             # A process that was suspended saw no step, and is not to blame for it.
             silent_s += min(now_s - last_s, 2 * self._tick_s)
             last_s = now_s
-            if (now := self._seen()) != seen:
+            why = self._stop()
+            is_idle = why is None and not self._loop.n_in_flight  # an open loop between arrivals
+            if (now := self._seen()) != seen or is_idle:
                 seen, silent_s = now, 0.0
             self.fault = self.fault or self._overlong()
-            why = self._stop()
             patience_s = self._timeout_s if why is None else min(self._timeout_s, STOP_PATIENCE_S)
             if silent_s >= patience_s:
                 self._end(silent_s, why)

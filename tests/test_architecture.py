@@ -51,6 +51,7 @@ ALLOWED = {
         "speedbench.environment",
         "speedbench.manifest",
         "speedbench.part",
+        "speedbench.processes",
     },
     "speedbench.beside": {"pyarrow"},
     "speedbench.prometheus": set(),
@@ -63,6 +64,7 @@ ALLOWED = {
     "speedbench.server_metrics": {
         "pyarrow",
         "speedbench.beside",
+        "speedbench.processes",
         "speedbench.prometheus",
         "speedbench.server_counters",
         "speedbench.store",
@@ -72,13 +74,19 @@ ALLOWED = {
     "speedbench.remote": {"fsspec", "speedbench.types"},
     "speedbench.remote_lock": {"speedbench.remote", "speedbench.types"},
     "speedbench.mirror": {"speedbench.remote", "speedbench.remote_lock", "speedbench.types"},
-    "speedbench.mirror_process": {"speedbench.mirror", "speedbench.remote", "speedbench.types"},
+    "speedbench.mirror_process": {
+        "speedbench.mirror",
+        "speedbench.processes",
+        "speedbench.remote",
+        "speedbench.types",
+    },
     "speedbench.checks": {
         "numpy",
         "speedbench.columns",
         "speedbench.metrics",
         "speedbench.open_loop",
         "speedbench.store",
+        "speedbench.types",
     },
 }
 """What each module may import at most, beside the standard library."""

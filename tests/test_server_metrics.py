@@ -508,6 +508,26 @@ def test_the_report_says_why_there_is_no_number(tmp_path: Path) -> None:
     assert "--no_server_metrics was given" in shown_of(served_run(tmp_path / "other", **told))
 
 
+@pytest.mark.parametrize(
+    ("server", "hint"),
+    [
+        ("vLLM", ": start vLLM with --per-request-spec-decode-metrics detailed; chunks"),
+        ("SGLang", ": use an SGLang whose requests take return_spec_tokens_details; chunks"),
+        ("not told", "the responses tell none; chunks"),
+    ],
+)
+def test_what_makes_a_server_tell_is_said_of_that_server(
+    tmp_path: Path, server: str, hint: str
+) -> None:
+    records = [builders.conversation("c", "a", [1, 2], engine_steps=[0, 0])]
+    config = {"engine": "OPENAI", "url": "http://h:1", "model": "m"}
+    run = builders.stored(
+        tmp_path / "run", records, config=config, engine={"settings": {"server": server}}
+    )
+    [one] = served([Arm("arm", (run,))])
+    assert hint in one.why_no_acceptance
+
+
 def test_a_summary_gives_the_reason_that_was_stored(tmp_path: Path) -> None:
     run = served_run(tmp_path / "run", why_no_counters="it served others meanwhile")
     assert summarize(run).lengths["al_engine"].why_not == "it served others meanwhile"
@@ -534,11 +554,13 @@ def test_a_server_that_served_others_is_warned_of(tmp_path: Path) -> None:
 
 
 def run_against(directory: Path, *scrapes: str) -> dict[str, object]:
-    """The manifest's entry of a run of two requests with 16 tokens each."""
+    """The manifest's entry of a run of two requests with 16 tokens each. The first scrape is the
+    adapter's."""
     with http_server.started() as server, serving({"/worker": plain(*scrapes)}) as metrics:
         words = (
             f"run --engine OPENAI --url {server.url} --metrics_url {metrics}/worker --model m "
             "--dataset random --random_isl 8 --num_requests 2 --output_length 16 --concurrency 2 "
+            "--speculative_algorithm EAGLE3 "
             f"--warmup 1 --save_dir {directory}"
         )
         assert main(words.split()) == 0
@@ -548,16 +570,22 @@ def run_against(directory: Path, *scrapes: str) -> dict[str, object]:
 
 def test_a_run_keeps_the_counters_of_its_server(tmp_path: Path) -> None:
     after = text(130, 70, finished=12, generated=532)
-    entry = run_against(tmp_path / "run", BEFORE, BEFORE, after)
+    entry = run_against(tmp_path / "run", BEFORE, BEFORE, BEFORE, after)
     assert entry["why_no_counters"] == ""
     assert entry["counters"] == {
         "drafts": 30, "draft_tokens": 30, "accepted": 20, "accepted_per_position": [20],
     }  # fmt: skip
-    assert summarize(store.load(tmp_path / "run")).lengths["al_engine"].value == 1 + 20 / 30
+    run = store.load(tmp_path / "run")
+    assert summarize(run).lengths["al_engine"].value == 1 + 20 / 30
+    # The metrics have one position, so K is 1; --draft_length was left out, so nothing else was
+    # asked for.
+    assert run.manifest["engine"]["draft_length"] == 1
+    assert not any("asked for" in one.sentence for one in all_checks(run))
 
 
 def test_a_run_whose_server_was_shared_keeps_none(tmp_path: Path) -> None:
-    entry = run_against(tmp_path / "run", BEFORE, BEFORE, text(130, 70, finished=13, generated=548))
+    after = text(130, 70, finished=13, generated=548)
+    entry = run_against(tmp_path / "run", BEFORE, BEFORE, BEFORE, after)
     assert (entry["counters"], entry["served_others"]) == (None, True)
     rows = store.load_server_metrics(tmp_path / "run").to_pylist()
     assert {row["value"] for row in rows if row["name"] == "vllm:request_success_total"} == {10, 13}

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -447,6 +448,16 @@ def test_the_configuration_says_what_ran_and_holds_no_secret(tmp_path: Path) -> 
     assert found["speedbench"]["n_left_out"] == 1
     (timing,) = loaded(tmp_path / "out", "timing.json")
     assert timing["Output TPS/gpu"] == timing["Output TPS"] / 2
+
+
+def test_answers_of_which_only_the_length_is_known_are_not_written(tmp_path: Path) -> None:
+    """A server that tells usage alone: -1 for each token, which no tokenizer takes."""
+    whole = turn("a.0", [1, 2])
+    unknown = [step._replace(token_ids=[-1] * len(step.token_ids)) for step in whole.steps]
+    run = stored(tmp_path / "run", [conversation("a", "qa", replace(whole, steps=unknown))])
+    with pytest.raises(UserError, match="holds no answers: its server told how many tokens came"):
+        specdec_bench.write(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_that_is_no_export_is_overwritten(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -379,6 +380,58 @@ def test_a_failed_write_is_salvaged_with_its_experts(tmp_path: Path) -> None:
         writer.close()
     assert list(store.load_experts(directory)) == ["s0-e.0"]
     assert store.committed(directory) == {"e": True}
+
+
+def test_salvaging_counts_nothing_twice(tmp_path: Path) -> None:
+    """What a failed part wrote before it failed is of other conversations than the salvaged part of
+    the same number."""
+    directory = tmp_path / "r"
+    store.create(directory)
+    store.write_manifest(directory, manifest())
+    writer = store.Writer(directory, 0, interval_s=60)
+    blocker = directory / "steps" / ".00000.parquet.tmp"
+    blocker.mkdir()
+    writer.commit(conversation("plain", "cat", [1, 2]))
+    writer.commit(with_experts("e", 1))
+    writer._closing.set()
+    writer._thread.join()  # it has failed, with both conversations' experts written
+    assert pq.read_table(directory / "experts" / "00000.parquet").num_rows == 1
+    blocker.rmdir()
+    with pytest.raises(UserError, match="0 finished conversation"):
+        writer.close()
+    parts = [pq.read_table(path) for path in (directory / "experts").glob("*.parquet")]
+    assert [name for part in parts for name in part["request_id"].to_pylist()] == ["s0-e.0"]
+    assert store.committed(directory) == {"plain": True, "e": True}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"engine_steps": -1}, "engine_steps holds -1"),
+        ({"accepted": -2}, "accepted holds -2"),
+        ({"finish_reason": "abort"}, "'abort' is no reason to finish"),
+    ],
+)
+def test_what_no_reader_takes_fails_alone(
+    tmp_path: Path, changed: dict[str, Any], told: str
+) -> None:
+    """Else the whole part would be refused when it is read, the sound conversations with it."""
+    directory = tmp_path / "r"
+    store.create(directory)
+    store.write_manifest(directory, manifest())
+    made = turn("bad.0", [1, 2])
+    last = made.steps[-1]._replace(**changed)
+    reason = changed.get("finish_reason", made.finish_reason)
+    odd = replace(made, steps=[made.steps[0], last], finish_reason=reason)
+    writer = store.Writer(directory, 0, interval_s=60)
+    writer.commit(conversation("good", "cat", [1, 2, 3]))
+    writer.commit(conversation("bad", "cat", odd))
+    writer.close()
+    run = store.load(directory)
+    assert run.damage == ()
+    assert store.committed(directory) == {"good": True, "bad": False}
+    (error,) = [row["error"] for row in run.turns.to_pylist() if row["error"]]
+    assert told in error
 
 
 # --- writing --------------------------------------------------------------------------------------

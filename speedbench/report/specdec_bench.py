@@ -23,7 +23,7 @@ from speedbench.config import from_dict
 from speedbench.environment import redact
 from speedbench.insights.rates import why_no_gpu
 from speedbench.store import Run, n_replicas_of
-from speedbench.types import UserError
+from speedbench.types import UNKNOWN, UserError
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -133,6 +133,10 @@ def questions(run: Run) -> tuple[Question, ...]:
         )
     turns = run.turns.take(run.used)
     ids = turns["output_token_ids"].to_pylist()
+    if any(UNKNOWN in some for some in ids):
+        raise UserError(
+            f"{run.directory} holds no answers: its server told how many tokens came, not which"
+        )
     sha256, reasons = turns["prompt_sha256"].to_pylist(), turns["finish_reason"].to_pylist()
     starts = np.searchsorted(columns.request, np.arange(columns.n_requests))
     ends = np.searchsorted(columns.request, np.arange(columns.n_requests), side="right")

@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -150,19 +151,23 @@ def suspended(scene: Scene) -> str:
 
 
 def fails(
-    fault: str, code: int, *words: str, err: str = "", stall: str = "1"
+    fault: str, code: int, *words: str, err: str = "", stall: str = "1", is_abrupt: bool = False
 ) -> Callable[..., str]:
-    """The run ends by the fault; what had ended before is kept."""
+    """The run ends by the fault; what had ended before is kept: where the process ends with it
+    (`is_abrupt`), what had been stored by then."""
 
     def happen(scene: Scene) -> str:
-        name = fault.replace("?", str(scene.random.randrange(8, 60)))
-        ended = scene.run("--stall_timeout", stall, fault=name)
+        first = 40 if is_abrupt else 8  # polls; by the 40th slow one a part is written
+        name = fault.replace("?", str(scene.random.randrange(first, 60)))
+        ended = scene.run("--stall_timeout", stall, fault=name, slow_ms=60 if is_abrupt else 0)
         assert ended.code == code, (ended.code, ended.err)
         assert err in ended.err, ended.err
         text = told(scene, *words)
         if "killed" not in text:
             assert scene.status() == "failed"
-        return f"exit code {code}; {scene.resumed(scene.answers())}"
+        kept = scene.answers()
+        assert kept or not is_abrupt, "nothing had been stored"
+        return f"exit code {code}; {scene.resumed(kept)}"
 
     return happen
 
@@ -308,19 +313,19 @@ def unwritable(place: str) -> Callable[[Scene], str]:
 
 
 def read_only_mount(scene: Scene) -> str:
-    import subprocess
-
+    """Of what a part is made of, the last is refused: what came before must not count."""
     disk = scene.folder / "disk"
     with small_disk(disk, "10m"):
         target = disk / "run"
         process = scene.start("--save_dir", str(target), slow_ms=40)
         scene.wait(process, lambda: any((target / "turns").glob("[0-9]*.parquet")))
-        # A file system with writers is not made read-only; one that is full of errors is. Here its
-        # folders are taken away instead, under the writer's feet.
-        subprocess.run(("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(target)), check=True)
+        turns = str(target / "turns")
+        subprocess.run(("mount", "--bind", turns, turns), check=True)
+        subprocess.run(("mount", "-o", "remount,bind,ro", turns), check=True)
         ended = scene.ended(process)
-        subprocess.run(("umount", "-l", str(target)), check=True)
+        subprocess.run(("umount", "-l", turns), check=True)
         assert ended.code == 2, (ended.code, ended.err)
+        assert "Read-only file system" in ended.err, ended.err
         assert "--resume" in ended.err
         shutil.copytree(target, scene.directory)
     return f"exit code 2; {scene.resumed(scene.answers())}"
@@ -467,12 +472,13 @@ FAULTS: Sequence[Fault] = (
     Fault("engine raises something unforeseen", KEPT.format(1),
           fails("crash:?", 1, "ZeroDivisionError")),
     Fault("segmentation fault in the engine's code", KEPT.format(139) + "; the stack in the log",
-          fails("segfault:?", -signal.SIGSEGV, "the run was killed", err="Segmentation fault")),
+          fails("segfault:?", -signal.SIGSEGV, "the run was killed", err="Segmentation fault",
+                is_abrupt=True)),
     Fault("engine hangs in this process", KEPT.format(1) + "; its stack is stored",
           hung("hangs:?", "time.sleep")),
-    Fault("engine hangs and lets no thread run", KEPT.format(137) + "; its stack is stored",
-          fails("hangs-and-holds:?", -signal.SIGABRT, "the run was killed",
-                err="hang_and_hold")),
+    Fault("engine hangs and lets no thread run", KEPT.format(134) + "; its stack is stored",
+          fails("hangs-and-holds:?", -signal.SIGABRT, "the run was killed", err="hang_and_hold",
+                is_abrupt=True)),
     Fault("engine's process hangs", KEPT.format(1) + "; its stack is in the report",
           stalled_twice_reported),
     Fault("engine never ends an answer", KEPT.format(1),
@@ -495,6 +501,9 @@ FAULTS: Sequence[Fault] = (
     Fault("a word for a time", "that conversation failed, by name", no_numbers("text-time")),
     Fault("a time beyond 64 bits", "that conversation failed, by name", no_numbers("huge-time")),
     Fault("words for token IDs", "that conversation failed, by name", no_numbers("text-token")),
+    Fault("a negative count", "that conversation failed, by name", no_numbers("negative")),
+    Fault("an end for no known reason", "that conversation failed, by name",
+          no_numbers("odd-reason")),
     Fault("the wall clock jumps by years", "the same run", harmless("clock")),
     Fault("the disk fills up", KEPT.format(2), full_disk),
     Fault("the disk is full from the start", "exit code 2 before the engine's start",

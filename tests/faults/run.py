@@ -12,11 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
 import engines.null
-from speedbench import store, watchdog
+from speedbench import session, store, watchdog
 from speedbench.cli import main
 from speedbench.types import EngineDiedError, EngineSettings, Request, Step
 
@@ -174,6 +175,8 @@ CHANGES: dict[str, Callable[[FaultyEngine, list[Step]], list[Step]]] = {
     "text-time": lambda e, s: e.spoilt(s, time_ns="noon"),
     "no-time": lambda e, s: e.spoilt(s, time_ns=None),
     "future": lambda e, s: e.spoilt(s, time_ns=2**62),
+    "negative": lambda e, s: e.spoilt(s, engine_steps=-1),
+    "odd-reason": lambda e, s: e.spoilt(s, finish_reason="abort"),
     "text-token": lambda e, s: e.spoilt(s, token_ids=["a"]),
 }
 
@@ -186,8 +189,14 @@ def jump_clock() -> None:
         calls[0] += 1
         return real() + (31_536_000 if calls[0] % 2 else -31_536_000)
 
+    class Jumping(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Jumping:
+            return cls.fromtimestamp(jumping(), tz)
+
     time.time = jumping
     time.time_ns = lambda: int(jumping() * 1e9)
+    session.datetime = Jumping  # type: ignore[misc]
 
 
 def kill_at_operation(n: int) -> None:
