@@ -36,6 +36,8 @@ PINNED: dict[str, tuple[int, int, int, list[int], str]] = {
     "format-3/complete": (16, 126, 240, [45, 20, 12, 29], "2.243401759531"),
     "format-3/partial": (9, 59, 120, [21, 9, 5, 14], "2.467944964322"),
     "format-3/replicas": (16, 125, 240, [36, 27, 17, 25], "2.366748499727"),
+    "format-4/complete": (16, 126, 240, [45, 20, 12, 29], "2.243401759531"),
+    "format-4/partial": (11, 77, 156, [27, 13, 6, 18], "2.453816235907"),
 }
 """Run -> conversations, steps, tokens, decode steps by length, AL: counted when it was stored."""
 ALL = sorted(PINNED)
@@ -94,8 +96,10 @@ def of_json(directory: Path, capsys: pytest.CaptureFixture[str]) -> Row:
     return dict(run)
 
 
-def test_every_format_but_the_newest_has_runs_here() -> None:
-    assert {name.split("/")[0] for name in ALL} >= {f"format-{n}" for n in range(1, store.FORMAT)}
+def test_every_format_has_runs_here() -> None:
+    assert {name.split("/")[0] for name in ALL} >= {
+        f"format-{n}" for n in range(1, store.FORMAT + 1)
+    }
     for name in ALL:
         about = json.loads((RUNS / name / "manifest.json").read_text(encoding="utf-8"))
         assert f"format-{about['format']}" == name.split("/")[0]
@@ -165,6 +169,20 @@ def test_what_format_3_may_hold_beside_the_records_is_read() -> None:
     assert vocabulary.token_ids.tolist() == list(range(0, 48, 2))
     samples = store.load_energy(store.load(directory))
     assert samples["energy_mj"].to_pylist() == [0, 1000, 2000]
+
+
+def test_what_format_4_holds_of_a_server_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every answer took verifications of 1, 3, 2, 4 and 1 tokens, some of them in one chunk: an AL
+    of 11/5, which only served/ tells."""
+    directory = RUNS / "format-4/served"
+    rows = rows_of(directory, "served")
+    assert len(rows) == len(rows_of(directory, "turns")) == 20
+    assert {tuple(row["histogram"]) for row in rows} == {(2, 1, 1, 1)}
+    assert any(row["engine_steps"] != 1 for row in rows_of(directory, "steps"))
+    found = of_json(directory, capsys)
+    assert found["acceptance"]["al"]["al_drafted"]["value"] == pytest.approx(11 / 5)
+    names = set(store.load_server_metrics(directory)["name"].to_pylist())
+    assert names == {"up", "vllm:num_requests_running", "vllm:spec_decode_num_drafts_total"}
 
 
 @pytest.mark.parametrize("name", PARTIAL)
