@@ -142,6 +142,8 @@ class Stream:
             return ids, len(ids)
         if not event.get("choices"):  # the total at the end says nothing of when they came
             return ids, 0
+        if (usage or {}).get("completion_tokens") is None and _holds_text(event["choices"]):
+            raise BadStreamError("the server sent text without a running count of its tokens")
         n_before, self._n_usage = self._n_usage, int(self.about.get("n_output", 0))
         if self._n_usage < n_before:
             raise BadStreamError(
@@ -189,6 +191,17 @@ class Stream:
         if self._prompt and n_prompt is not None:
             self.about.setdefault("prompt", "counted")
         return ""
+
+
+def _holds_text(choices: list[dict[str, Any]]) -> bool:
+    return any(
+        choice.get("text") or any((choice.get("delta") or {}).get(name) for name in TEXTS)
+        for choice in choices
+    )
+
+
+TEXTS = ("content", "reasoning_content", "reasoning")
+"""Of a chat's delta."""
 
 
 def _token_ids(told: Any) -> list[int]:

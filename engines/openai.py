@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,9 @@ STREAMS_PER_PROCESS = 500
 
 FETCH_S = 20.0
 """What a server says of itself must come within this time."""
+
+LARGEST_BYTES = 64 << 20
+"""Of what a metrics address says, no more is read."""
 
 PROBE = "probe"
 """The request that is made once, at the start, and not measured."""
@@ -97,6 +101,7 @@ class _Found:
 
     fields      of the request at our endpoint, empty where not listed
     speculates  whether it drafts; k: how many tokens
+    width       drafts that it has checked at once: more than one are a tree
     """
 
     kind: str
@@ -108,6 +113,7 @@ class _Found:
     prefix_cache: bool | None
     speculates: bool | None
     k: int | None
+    width: int
     settings: Mapping[str, object]
 
 
@@ -157,7 +163,6 @@ class OpenaiEngine:
         prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
         self.base_url = f"{parts.scheme}://{parts.netloc}{prefix}"
         self.model = self._server.model
-        self.metrics_url = self._server.metrics_url or f"{self.base_url}/metrics"
         self._is_chat = self._server.endpoint == "chat"
         self._path = "/v1/chat/completions" if self._is_chat else "/v1/completions"
         self._events: list[Step] = []
@@ -297,7 +302,7 @@ class OpenaiEngine:
                 f"taken from {named}"
             )
         model = self._served_model(status, body)
-        metrics_status, metrics, _ = self._fetch("/metrics")
+        metrics = self._metrics()
         version = self._told_at("/version")
         info = self._told_at("/server_info") or self._told_at("/get_server_info")
         schema = self._told_at("/openapi.json")
@@ -308,8 +313,16 @@ class OpenaiEngine:
             fields_of(schema, self._path),
             version if isinstance(version, dict) else {},
             info if isinstance(info, dict) else {},
-            metrics.decode("utf-8", "replace") if metrics_status == 200 else "",
+            metrics,
         )
+
+    def _metrics(self) -> str:
+        """Of the server, or of its workers; '' where one of these says nothing."""
+        if self._server.metrics_url is None:
+            status, body, _ = self._fetch("/metrics")
+            return body.decode("utf-8", "replace") if status == 200 else ""
+        texts = [text_at(one.strip()) for one in self._server.metrics_url.split(",")]
+        return "\n".join(texts) if all(texts) else ""
 
     def _served_model(self, status: int, body: bytes) -> Mapping[str, Any]:
         try:
@@ -378,9 +391,21 @@ class OpenaiEngine:
             )
         if asked == "NONE":
             return 0
+        if self._found.width > 1:
+            raise UserError(
+                f"the server at {self.base_url} drafts trees of width {self._found.width}, and a "
+                "tree of drafts has no one draft length: start it with --speculative-eagle-topk 1 "
+                "(of NGRAM: --speculative-ngram-max-bfs-breadth 1)"
+            )
         k = known if known is not None else self._found.k
+        said = self._settings.draft_length
+        if k is not None and said not in (k, EngineSettings(model_dir="").draft_length):
+            raise UserError(
+                f"--draft_length is {said}, the server at {self.base_url} drafts {k}: leave it "
+                "out, or start the server with it"
+            )
         self._k_from = AS_SAID if k is None else AS_TOLD
-        return self._settings.draft_length if k is None else k
+        return said if k is None else k
 
     # ------------------------------------------------------------ requests
 
@@ -720,18 +745,20 @@ def found(
     SGLang's /server_info, Prometheus metrics."""
     longest = model.get("max_model_len") or info.get("context_length")
     speculates, k, cache, most = None, None, None, None
+    width = 1
     settings: dict[str, object] = {}
     if kind == "SGLang" and "speculative_algorithm" in info:
         speculates = info["speculative_algorithm"] is not None
-        width = info.get("speculative_num_draft_tokens")
-        k = int(width) - 1 if speculates and width else None
+        n_checked = info.get("speculative_num_draft_tokens")
+        width = _width(info)
+        k = int(n_checked) - 1 if speculates and n_checked and width == 1 else None
         cache = None if "disable_radix_cache" not in info else not info["disable_radix_cache"]
         most = info.get("effective_max_running_requests_per_dp") or info.get("max_running_requests")
         for name in ("speculative_algorithm", "speculative_eagle_topk", "dtype", "device",
                      "attention_backend", "tp_size", "dp_size", "stream_interval"):  # fmt: skip
             if info.get(name) is not None:
                 settings[name] = info[name]
-    if kind == "vLLM" and "vllm:num_requests_running" in metrics:
+    if "vllm:num_requests_running" in metrics:  # a gateway before it may own the models
         positions = set(re.findall(PER_POSITION, metrics))
         speculates = "vllm:spec_decode_num_drafts" in metrics
         k = len(positions) or None
@@ -749,8 +776,27 @@ def found(
         prefix_cache=cache,
         speculates=speculates,
         k=k,
+        width=width,
         settings=settings,
     )
+
+
+def _width(info: Mapping[str, Any]) -> int:
+    """Drafts that SGLang checks at once."""
+    names = ["speculative_eagle_topk"]
+    if info["speculative_algorithm"] == "NGRAM":
+        names.append("speculative_ngram_max_bfs_breadth")
+    return max([1, *(n for n in map(info.get, names) if type(n) is int)])
+
+
+def text_at(address: str) -> str:
+    """What another host than the server's answers, which is given no key; '' of none."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(address, timeout=FETCH_S) as response:
+            return bytes(response.read(LARGEST_BYTES)).decode("utf-8", "replace")
+    except Exception:  # noqa: BLE001 - why it is silent, the scraper of the run says
+        return ""
 
 
 PER_POSITION = r'vllm:spec_decode_num_accepted_tokens_per_pos_total\{[^}]*position="(\d+)"'

@@ -36,6 +36,8 @@ from typing import IO, Any, Protocol
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests import cpu_engines  # noqa: E402
+
 K, OUTPUT_LENGTH, PROMPT_LENGTH, MAX_SEQ_LEN, BATCHED_TOKENS = 3, 128, 64, 1024, 4096
 ALGORITHMS = ("NONE", "DRAFT_TARGET")
 TARGET_RATIO = 0.98
@@ -62,19 +64,8 @@ ENVIRONMENT: Mapping[str, Mapping[str, str]] = {
 ENGINE_ARGS: Mapping[str, Mapping[str, Any]] = {
     # max_num_batched_tokens: vLLM's default for `LLM` is another than that for `AsyncLLM`.
     "VLLM": {"enforce_eager": True, "max_num_batched_tokens": BATCHED_TOKENS},
-    "SGLANG": {
-        "device": "cpu",
-        "dtype": "float32",
-        "mem_fraction_static": 0.3,
-        "max_total_tokens": 32768,
-        "grammar_backend": "none",
-        "disable_cuda_graph": True,
-        "attention_backend": "torch_native",
-        "prefill_attention_backend": "intel_amx",
-        "decode_attention_backend": "intel_amx",
-    },
+    "SGLANG": cpu_engines.SGLANG,
 }
-"""As in tests/test_vllm_real.py and tests/test_sglang_real.py."""
 
 
 # ---------------------------------------------------------------- what is measured

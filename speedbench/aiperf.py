@@ -328,13 +328,18 @@ def _counted(
     if family.position_drafts:
         drafts = series.total(family.position_drafts, (family.position, "0"))
     why = family.why_no_al
+    counts = (
+        f"the server counted {_whole(finished)} requests and {_whole(generated)} tokens, AIPerf "
+        f"{n_sent} and {_whole(tokens)}"
+    )
     if finished is None or generated is None:
         why = "the server does not count tokens and requests: whom else it served is not known"
     elif finished != n_sent or (not n_errors and tokens is not None and generated != tokens):
+        why = f"{counts}: the server served others, or not all of its workers are counted"
+    elif n_errors and generated != tokens:
         why = (
-            f"the server counted {finished:.0f} requests and {generated:.0f} tokens, AIPerf "
-            f"{n_sent} and {_whole(tokens)}: the server served others, or not all of its workers "
-            "are counted"
+            f"{counts}, and {n_errors} request(s) count as errors: what the server did for them "
+            "cannot be told from what it did for others"
         )
     elif not why and (drafts is None or accepted is None):
         why = f"{family.engine} counts no drafts here"

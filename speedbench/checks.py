@@ -11,10 +11,15 @@ import numpy as np
 from speedbench import metrics
 from speedbench.columns import Columns, Ints
 from speedbench.open_loop import arrivals_of
+from speedbench.spans import APART, spans_of
 from speedbench.store import FAILED, Run, expected_conversations, load_experts, n_output_tokens
+from speedbench.types import EngineSettings
 
 LOOKUP = ("NGRAM", "SUFFIX")
 """Algorithms that draft what was found, fewer than K tokens or none."""
+
+TOLD, SAID = "as the server says", "as the user says"
+"""Whose word the K of a server is (`draft_length_from`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ def _all_checks(run: Run) -> Iterator[Check]:
     yield from _completeness(run)
     yield from _steps(run)
     yield from _server(run)
+    yield from _draft_length(run)
     yield from _counters(run)
     yield from _rates(run)
     yield from _experts(run)
@@ -70,24 +76,41 @@ def _provenance(run: Run) -> Iterator[Check]:
     if config["temperature"] > 0 and engine.get("sampling_fault"):
         yield _error(f"at temperature {config['temperature']:g}: {engine['sampling_fault']}")
     asked = 0 if config["speculative_algorithm"] == "NONE" else config["draft_length"]
-    if engine["draft_length"] != asked:
+    left_out = asked == EngineSettings("").draft_length and _k_from(run) == TOLD
+    if engine["draft_length"] != asked and not left_out:
         yield _warning(
             f"the engine drafts {engine['draft_length']} tokens per step, {asked} were asked for; "
             "numbers are given for what it did"
         )
-    if (max_num_seqs := engine.get("max_num_seqs")) is not None and max_num_seqs < config[
-        "concurrency"
-    ]:
+    max_num_seqs, is_open = engine.get("max_num_seqs"), config.get("request_rate") is not None
+    # Of an open loop the concurrency is a limit, which may never have been reached.
+    if max_num_seqs is not None and max_num_seqs < config["concurrency"] and not is_open:
         yield _warning(
             f"the engine runs at most {max_num_seqs} requests at once, the concurrency was "
             f"{config['concurrency']}: the others waited, and their wait is in TTFT"
         )
     if engine.get("prefix_cache") and not config["prefix_cache"]:
         yield _warning("the engine's prefix cache is on though it was not asked for")
+    if is_chat(run.manifest):
+        yield _note(
+            "the prompts went as messages, which the server templated and encoded (--endpoint "
+            "chat): that another run had identical inputs cannot be shown"
+        )
     if config["trust_remote_code"]:
         yield _note("code shipped with the checkpoint was run (--trust_remote_code)")
     for sentence in run.damage:
         yield _error(sentence)
+
+
+def is_chat(manifest: Mapping[str, Any]) -> bool:
+    """Whether a server made the tokens of the prompts."""
+    config = manifest["config"]
+    return bool(config.get("url")) and config.get("endpoint") == "chat"
+
+
+def _k_from(run: Run) -> object:
+    """Whose word K is; None of an embedded engine."""
+    return run.manifest["engine"].get("settings", {}).get("draft_length_from")
 
 
 def _completeness(run: Run) -> Iterator[Check]:
@@ -323,6 +346,35 @@ def _server(run: Run) -> Iterator[Check]:
             )
 
 
+def _draft_length(run: Run) -> Iterator[Check]:
+    """K beside what was counted, whether or not that can be reconciled with the steps."""
+    manifest = run.manifest
+    k = int(manifest["engine"]["draft_length"])
+    known = [c for s in manifest["sessions"] if (c := s.get("counters")) is not None]
+    drafts, tokens = (sum(c[name] for c in known) for name in ("drafts", "draft_tokens"))
+    counted = f"{tokens} draft tokens in {drafts} drafts were counted"
+    if k == 0 and drafts:
+        yield _error(
+            f"{drafts} drafts were counted, but the run is recorded as one without speculation: "
+            "it is no baseline; measure again with the server's --speculative_algorithm and "
+            "--draft_length"
+        )
+    elif tokens > k * drafts:
+        yield _error(
+            f"{counted}, which is more than K = {k} each: no rate per draft token below is right; "
+            "measure again with the real --draft_length"
+        )
+    elif (
+        k
+        and 0 < tokens <= (k - 1) * drafts
+        and _k_from(run) == SAID
+        and manifest["config"]["speculative_algorithm"] not in LOOKUP
+    ):
+        yield _warning(
+            f"{counted}, which is less than K = {k} each: that K is only what --draft_length said"
+        )
+
+
 def _counters(run: Run) -> Iterator[Check]:
     """accepted = sum(n - 1) + cut; drafts = decode - plain + phantom, by name."""
     sessions = run.manifest["sessions"]
@@ -494,11 +546,13 @@ def _closed_form(run: Run) -> Iterator[Check]:
 
 def _load(run: Run) -> Iterator[Check]:
     """Of an open loop: whether the engine kept up with what came."""
-    if run.manifest["config"].get("request_rate") is None or not len(run.columns.step):
+    manifest = run.manifest
+    if manifest["config"].get("request_rate") is None or not len(run.columns.step):
         return
-    found = arrivals_of(run.columns, run.manifest["config"])
+    why_not = APART if manifest.get("merged") else spans_of(manifest)[1]
+    found = arrivals_of(run.columns, manifest["config"], why_not)
     if found.is_behind:
         yield _warning(
-            "over-saturated: conversations came faster than they ended, so that latencies grew "
-            "while it was measured and say nothing of the engine at a load that it can bear"
+            "over-saturated: conversations came faster than they ended, or too many failed, so "
+            "that latencies say nothing of the engine at a load that it can bear"
         )

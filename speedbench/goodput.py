@@ -15,8 +15,8 @@ from speedbench.limits import LIMITED
 class Times:
     """Of every request (R,), in seconds; NaN where it is not known, or has none.
 
-    single  (R,) ended with its first event, after which no time passed: it keeps every limit on
-            what comes later
+    single  (R,) ended with its first event, which is one step: no time passed after it, and it
+            keeps every limit on what comes later
     ended   (R,) finished, in a conversation that did not fail
     """
 
@@ -40,22 +40,34 @@ def times(columns: Columns) -> Times:
         tpot = np.where(n_tokens > 0, decode / n_tokens, np.nan)
         n_steps = decode_steps(columns)
         step_time = np.where(n_steps > 0, decode / n_steps, np.nan)
+    several = np.zeros(n, bool)
+    several[request] = (columns.n_tokens[first] > 1) & (columns.engine_steps[first] != 1)
     return Times(
         {"ttft": ttft, "step_time": step_time, "tpot": tpot, "e2e": e2e},
-        n_tokens == 0,
+        (n_tokens == 0) & ~several,
         columns.finished & ~columns.failed[columns.conversation],
     )
 
 
 def decode_steps(columns: Columns) -> Floats:
-    """(R,) engine steps after the first event; NaN where an event holds nobody knows how many."""
+    """(R,) engine steps after the first event; NaN where nobody knows how many.
+
+    Steps that were told in total are those after the first event where that holds the prefill's
+    token alone, and where none can be missing.
+    """
     n = columns.n_requests
     later = columns.step > 0
     request, engine_steps = columns.request[later], columns.engine_steps[later]
     found = np.bincount(request, engine_steps, n).astype(float)
-    found[np.bincount(request, engine_steps <= 0, n) > 0] = np.nan
-    if columns.told is not None:
-        found[columns.told.request] = columns.told.lengths.sum(axis=1) + columns.told.n_plain
+    unknown = np.bincount(request, engine_steps <= 0, n) > 0
+    found[unknown] = np.nan
+    told = columns.told
+    if told is not None and told.is_whole:
+        first, _ = columns.first_and_last()
+        wanted = np.zeros(n, bool)
+        wanted[columns.request[first]] = columns.n_tokens[first] == 1
+        of = (wanted & unknown)[told.request]
+        found[told.request[of]] = (told.lengths.sum(axis=1) + told.n_plain)[of]
     return found
 
 

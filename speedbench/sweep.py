@@ -199,6 +199,7 @@ def expanded(
         baselines = [(config.baseline(), _without_speculation(own)) for config, own in asked]
         asked = [*baselines, *asked]
     configs = _with_slots([config for config, _ in asked], most_requests, kept)
+    _refuse_one_server_as_several(configs)
     unique: dict[str, tuple[RunConfig, Values]] = {}
     for config, (_, own) in zip(configs, asked, strict=True):
         unique.setdefault(identity(config), (config, own))
@@ -206,9 +207,29 @@ def expanded(
     return tuple(_named(ordered, list(spec.grid), kept))
 
 
+def _refuse_one_server_as_several(configs: Sequence[RunConfig]) -> None:
+    """A server drafts as it was started: cells of other speculation ask other servers."""
+    seen: dict[str, RunConfig] = {}
+    for config in configs:
+        if config.url is None:
+            continue
+        first = seen.setdefault(config.url, config)
+        for name in SPECULATION:
+            found, other = getattr(first, name), getattr(config, name)
+            if found != other:
+                raise UserError(
+                    f"cells ask the server at {config.url} with --{name} {found} and {other}, but "
+                    "it drafts as it was started: start a server for each, and name them in "
+                    "`cells`, each with its url"
+                )
+
+
 def identity(config: RunConfig) -> str:
-    """Equal for configurations that measure the same; secrets, which are not stored, aside."""
-    values = config.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+    """Equal for configurations that measure the same; secrets, which are not stored, aside.
+
+    A run may be resumed at another url, but cells that differ in it ask two servers.
+    """
+    values = config.model_dump(mode="json", exclude=set(NOT_IDENTITY - {"url"}))
     return json.dumps(redact(values), sort_keys=True)
 
 

@@ -40,6 +40,7 @@ class Reply:
     last_accepted what the last step accepted, where its end was cut
     n_drafted     draft tokens per verification
     ids, running  chunks tell token IDs; running counts
+    total_at_end  the last chunk tells the total beside its text, and none before it tells a count
     fault         status, drop, reset, stall, malformed, halt, no_done, lose, no_stream, broken_off
     at            chunk before which the fault comes
     """
@@ -54,6 +55,7 @@ class Reply:
     finish: str = "length"
     ids: bool = True
     running: bool = True
+    total_at_end: bool = False
     usage: bool = True
     echo: bool = True
     n_prompt_more: int = 0
@@ -120,6 +122,7 @@ class Server:
         self.connections: list[int] = []
         self.written: list[list[int]] = []
         self.n_connections = 0
+        self.asked_for_metrics: dict[str, str] = {}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.n_connections += 1
@@ -151,7 +154,10 @@ class Server:
             if method == "POST":
                 self.script, self.n_posts = Script.of(json.loads(body)), 0
                 self.bodies, self.connections, self.written = [], [], []
-            state = {"bodies": self.bodies, "connections": self.connections}
+            state = {
+                "bodies": self.bodies, "connections": self.connections,
+                "asked_for_metrics": self.asked_for_metrics,
+            }  # fmt: skip
             return await self.document(writer, 200, json.dumps(state))
         if path == "/written":
             return await self.document(writer, 200, json.dumps(self.written))
@@ -166,6 +172,8 @@ class Server:
             self.connections.append(connection)
             reply = script.replies.get(str(self.n_posts - 1), script.default)
             return await self.stream(asked, reply, writer)
+        if path == "/metrics":
+            self.asked_for_metrics = headers
         status, text = self.about(path)
         return await self.document(writer, status, text)
 
@@ -290,7 +298,8 @@ def events(asked: dict[str, Any], reply: Reply) -> Iterator[bytes]:
         told: dict[str, Any] = {
             "id": "x", "object": kind, "model": asked["model"], "choices": [choice],
         }  # fmt: skip
-        if options.get("continuous_usage_stats") and reply.running:
+        is_total = reply.total_at_end and index == len(sizes) - 1
+        if is_total or (options.get("continuous_usage_stats") and reply.running):
             told["usage"] = {"prompt_tokens": n_prompt, "completion_tokens": done}
         yield event(told)
     if reply.told == "sglang":
@@ -363,7 +372,8 @@ class Running:
         return found
 
     def state(self) -> dict[str, Any]:
-        """The bodies of the requests since the script was set, and the connection of each."""
+        """The bodies of the requests since the script was set, and the connection of each; the
+        headers of the last request for metrics."""
         with urllib.request.urlopen(f"{self.url}/control", timeout=10) as answer:
             found: dict[str, Any] = json.load(answer)
         return found

@@ -37,6 +37,23 @@ def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(found))
 
 
+def set_total(name: str, total: float) -> Callable[[dict[str, Any]], None]:
+    def edit(found: dict[str, Any]) -> None:
+        series = found["metrics"][name]["series"]
+        for one in series:
+            one["stats"]["total"] = 0.0
+        series[0]["stats"]["total"] = total
+
+    return edit
+
+
+@pytest.fixture
+def agreed(copy: Path) -> Path:
+    """As if the answer that AIPerf counts as an error had held no token, not one."""
+    change(copy / aiperf.SERVER, set_total("vllm:generation_tokens", 810.0))
+    return copy
+
+
 def page(*runs: AiperfRun) -> str:
     return markdown.write(layout_aiperf.of_runs(runs))
 
@@ -44,8 +61,8 @@ def page(*runs: AiperfRun) -> str:
 # ---------------------------------------------------------------- what was recorded
 
 
-def test_acceptance_is_what_the_server_told_request_by_request() -> None:
-    run = aiperf.read(GENUINE)
+def test_acceptance_is_what_the_server_told_request_by_request(agreed: Path) -> None:
+    run = aiperf.read(agreed)
     assert sum(one.n_verifications for one in run.told) == 348
     assert sum(one.n_accepted for one in run.told) == 466
     assert sum(one.n_drafted for one in run.told) == 1044
@@ -88,8 +105,8 @@ def test_times_are_those_of_the_records() -> None:
     assert run.output_tps == pytest.approx(809 / 6.061077)  # its end_time - start_time
 
 
-def test_the_page_says_what_chunks_are() -> None:
-    text = page(aiperf.read(GENUINE))
+def test_the_page_says_what_chunks_are(agreed: Path) -> None:
+    text = page(aiperf.read(agreed))
     assert "2.3391 tokens per verification (95 %" in text
     assert "2.3391 tokens per draft" in text
     assert "chunks are counted as no steps" in text
@@ -115,21 +132,24 @@ def test_without_records_or_metrics_there_is_a_reason(copy: Path) -> None:
     assert run.values["time_to_first_token"]["n"] == 21
 
 
-def set_total(name: str, total: float) -> Callable[[dict[str, Any]], None]:
-    def edit(found: dict[str, Any]) -> None:
-        series = found["metrics"][name]["series"]
-        for one in series:
-            one["stats"]["total"] = 0.0
-        series[0]["stats"]["total"] = total
-
-    return edit
-
-
 def test_a_server_that_served_others_has_no_acceptance_by_counters(copy: Path) -> None:
     change(copy / aiperf.SERVER, set_total("vllm:request_success", 25.0))
     found = accepted(aiperf.read(copy))
     assert found.al_counters.value is None
     assert "counted 25 requests and 811 tokens, AIPerf 22 and 810" in found.al_counters.why_not
+    assert found.al_responses.value == pytest.approx(1 + 466 / 348)
+
+
+def test_what_an_error_cost_the_server_is_not_told_from_what_others_did() -> None:
+    """Of 21 answers and an error AIPerf has 810 tokens, the server 811: its end alone, or the token
+    of somebody else while the request was refused."""
+    found = accepted(aiperf.read(GENUINE))
+    assert found.al_counters.value is None
+    assert found.agree is None
+    assert found.al_counters.why_not == (
+        "the server counted 22 requests and 811 tokens, AIPerf 22 and 810, and 1 request(s) count "
+        "as errors: what the server did for them cannot be told from what it did for others"
+    )
     assert found.al_responses.value == pytest.approx(1 + 466 / 348)
 
 
@@ -144,9 +164,9 @@ def test_without_errors_tokens_must_agree_too(copy: Path) -> None:
     assert aiperf.read(copy).counted.why_not == ""
 
 
-def test_counters_and_responses_that_differ_are_an_error(copy: Path) -> None:
-    change(copy / aiperf.SERVER, set_total("vllm:spec_decode_num_accepted_tokens", 460.0))
-    run = aiperf.read(copy)
+def test_counters_and_responses_that_differ_are_an_error(agreed: Path) -> None:
+    change(agreed / aiperf.SERVER, set_total("vllm:spec_decode_num_accepted_tokens", 460.0))
+    run = aiperf.read(agreed)
     assert accepted(run).agree is False
     assert "348 drafts and 460 accepted tokens are counted, the responses tell 348 and 466" in page(
         run
@@ -164,7 +184,7 @@ def test_a_gauge_is_never_an_acceptance_length(copy: Path) -> None:
         found["metrics"] = {
             "sglang:spec_accept_length": metric("gauge", avg=2.2, min=0.0, max=2.43),
             "sglang:spec_verify_calls": metric("counter", total=348.0),
-            "sglang:generation_tokens": metric("counter", total=811.0),
+            "sglang:generation_tokens": metric("counter", total=810.0),
             "sglang:num_requests": metric("counter", total=22.0),
         }
 
@@ -233,6 +253,7 @@ def of_category(place: Path, category: str, n_accepted: float) -> None:
 
     change(place / aiperf.PROFILE, edit)
     change(place / aiperf.SERVER, set_total("vllm:spec_decode_num_accepted_tokens", n_accepted))
+    change(place / aiperf.SERVER, set_total("vllm:generation_tokens", 810.0))
 
 
 def test_a_run_for_each_category_makes_a_table_and_a_mean(tmp_path: Path) -> None:
@@ -246,19 +267,19 @@ def test_a_run_for_each_category_makes_a_table_and_a_mean(tmp_path: Path) -> Non
 
 
 def test_the_command_reports_a_folder_or_what_lies_below_it(
-    copy: Path, capsys: pytest.CaptureFixture[str]
+    agreed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["report", str(copy)]) == 0
+    assert main(["report", str(agreed)]) == 0
     assert "2.3391" in capsys.readouterr().out
-    assert main(["report", str(copy.parent), "--format", "json"]) == 0
+    assert main(["report", str(agreed.parent), "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == "speedbench.aiperf/1"
     assert found["runs"][0]["acceptance"]["al_counters"]["value"] == 1 + 466 / 348
-    assert main(["report", str(copy), "--format", "html"]) == 0
-    assert b"2.3391" in (copy / "report.html").read_bytes()
-    out = str(copy / "out.json")
+    assert main(["report", str(agreed), "--format", "html"]) == 0
+    assert b"2.3391" in (agreed / "report.html").read_bytes()
+    out = str(agreed / "out.json")
     for _ in range(2):  # a report may be written over a report
-        assert main(["report", str(copy), "--format", "json", "--out", out]) == 0
+        assert main(["report", str(agreed), "--format", "json", "--out", out]) == 0
 
 
 @pytest.mark.parametrize(

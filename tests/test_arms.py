@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from speedbench.report.arms import grouped, load_arms, unlike
+from speedbench.report.arms import Arm, grouped, load_arms, unlike
 from speedbench.report.compared import compared
 from speedbench.store import Run
 from speedbench.types import UserError
@@ -41,6 +41,24 @@ def test_repeats_are_in_the_order_they_began_whatever_order_they_are_named_in(
     assert [arm.label for arm in arms] == ["EAGLE3 K=3", "baseline"]
     assert [arm.is_baseline for arm in arms] == [False, True]
     assert [arm.draft_length for arm in arms] == [3, 0]
+
+
+def test_repeats_of_a_server_with_an_unknown_drafter_are_doubted(tmp_path: Path) -> None:
+    """It may have been started again with another one."""
+    where = {"engine": "OPENAI", "url": "http://h:1", "model": "m", "draft_model_dir": None}
+    for name, config, n in (
+        ("unknown", where, 1),
+        ("named", {**where, "draft_model_dir": "/models/drafter"}, 0),
+        ("lookup", {**where, "speculative_algorithm": "NGRAM"}, 0),
+        ("embedded", {}, 0),
+    ):
+        for at in ("03:00", "04:00"):
+            run(tmp_path / name / at, at=at, config=config)
+        (arm,) = load_arms([tmp_path / name])
+        found = list(unlike(arm))
+        assert len(found) == n
+        assert all("which drafter the server ran is not known" in c.sentence for c in found)
+    assert list(unlike(Arm("alone", arm.runs[:1]))) == []
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,32 @@ def test_another_width_than_asked_for(tmp_path: Path) -> None:
     only(run_with(tmp_path / "r", config={"draft_length": 8}), "warning", "drafts 3", "8 were")
 
 
+def test_a_draft_length_that_was_left_to_the_server(tmp_path: Path) -> None:
+    """The default, 3, was not asked for; 8 was."""
+    told_by = {"settings": {"draft_length_from": "as the server says"}, "draft_length": 5}
+    counted = [session(counters=counters(12, 21, 5))]
+    left_out = run_with(
+        tmp_path / "out", engine=told_by, config={"draft_length": 3}, sessions=counted
+    )
+    assert not any("asked for" in sentence for sentence in said(left_out))
+    named = run_with(tmp_path / "in", engine=told_by, config={"draft_length": 8}, sessions=counted)
+    assert any("drafts 5 tokens per step, 8 were asked for" in s for s in said(named, "warning"))
+
+
 def test_fewer_slots_than_concurrency(tmp_path: Path) -> None:
     run = run_with(tmp_path / "r", engine={"max_num_seqs": 1})
     only(run, "warning", "at most 1 requests", "TTFT")
+    limit = {"request_rate": 5.0, "concurrency": 512}  # of an open loop: nobody need have waited
+    assert said(run_with(tmp_path / "open", engine={"max_num_seqs": 64}, config=limit)) == []
+
+
+def served_by(endpoint: str) -> dict[str, Any]:
+    return {"engine": "OPENAI", "url": "http://h:1", "model": "m", "endpoint": endpoint}
+
+
+def test_of_a_chat_identical_inputs_cannot_be_shown(tmp_path: Path) -> None:
+    only(run_with(tmp_path / "chat", config=served_by("chat")), "note", "cannot be shown")
+    assert said(run_with(tmp_path / "ids", config=served_by("completions"))) == []
 
 
 def test_a_prefix_cache_nobody_asked_for(tmp_path: Path) -> None:
@@ -289,6 +312,49 @@ def test_merged_events_leave_bounds_not_errors(
         told=[(0, 0), (-1, -1), (3, 3)],
     )
     assert len(said(run, "error")) == n_errors
+
+
+def test_drafts_of_what_is_recorded_as_a_baseline(tmp_path: Path) -> None:
+    """A server behind a gateway, of which nobody said that it speculates."""
+    records = [conversation("c", "a", turn("c", [1, 1, 1], told=[(0, 0)] * 3))]
+    config = served_by("completions")
+    for name, sessions in (
+        ("whole", with_counters(2, 0)),
+        ("resumed", [session(), session(1, counters=counters(2, 0))]),
+    ):
+        run = stored(tmp_path / name, records, draft_length=0, config=config, sessions=sessions)
+        (sentence,) = said(run, "error")
+        assert sentence.startswith("2 drafts were counted, but the run is recorded as one without")
+    none = stored(tmp_path / "none", records, draft_length=0, sessions=with_counters(0, 0))
+    assert said(none) == []
+
+
+@pytest.mark.parametrize(
+    ("k", "algorithm", "n_errors", "n_warnings"),
+    [
+        (5, "EAGLE3", 1, 0),  # 60 tokens in 12 drafts, of 3 each at most
+        (4, "NGRAM", 1, 0),
+        (3, "EAGLE3", 0, 0),
+        (2, "EAGLE3", 0, 1),  # 24 in 12
+        (2, "NGRAM", 0, 0),  # a lookup may find fewer
+    ],
+)
+def test_the_draft_length_is_held_against_the_counters(
+    tmp_path: Path, k: int, algorithm: str, n_errors: int, n_warnings: int
+) -> None:
+    run = run_with(
+        tmp_path / "r",
+        sessions=[session(counters=counters(12, 21, k))],
+        config={
+            **served_by("completions"), "speculative_algorithm": algorithm, "draft_model_dir": None,
+        },
+        engine={"settings": {"draft_length_from": "as the user says"}},
+    )  # fmt: skip
+    counted = f"{12 * k} draft tokens in 12 drafts were counted"
+    for level, n in (("error", n_errors), ("warning", n_warnings)):
+        found = said(run, level)
+        assert len(found) == n
+        assert all(counted in sentence and "K = 3 each" in sentence for sentence in found)
 
 
 def test_counters_of_requests_that_are_not_recorded(tmp_path: Path) -> None:

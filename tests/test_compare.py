@@ -991,6 +991,16 @@ def test_where_an_embedded_and_a_served_run_part(tmp_path: Path) -> None:
     assert "from submitting to sending: 0.0050 s (95 % 0.0050-0.0050)" in text
 
 
+def test_of_chats_only_the_messages_are_known_to_be_the_same(tmp_path: Path) -> None:
+    chat = {"engine": "OPENAI", "url": "http://h:1", "model": "m", "endpoint": "chat"}
+    base, arm = (
+        arm_of(run_of(tmp_path / name, k, uniform(3), config=chat))
+        for name, k in (("base", 0), ("arm", 3))
+    )
+    told = [c.sentence for c in only(compare(base, [arm])).checks if "in both arms" in c.sentence]
+    assert told == ["all 8 prompts were the same messages in both arms; the server made the tokens"]
+
+
 def test_embedded_runs_part_nowhere(tmp_path: Path) -> None:
     base, arm = (arm_of(run_of(tmp_path / name, 3, uniform(3))) for name in "ba")
     one = only(compare(base, [arm]))

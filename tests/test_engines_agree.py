@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from speedbench import store
-from tests.test_sglang_real import ENGINE_ARGS, environment
+from tests.cpu_engines import SGLANG as ENGINE_ARGS
+from tests.test_sglang_real import environment
 from tests.test_sglang_real import python as sglang_python  # noqa: F401 - a fixture
 from tests.test_vllm_real import ONE_THREAD, with_plugin
 

@@ -573,6 +573,18 @@ def test_no_steady_window_with_fewer_conversations_than_slots(tmp_path: Path) ->
     assert summary.output_tps.value == pytest.approx(24.0)
 
 
+def test_no_steady_window_in_an_open_loop(tmp_path: Path) -> None:
+    """Its slots are as full as conversations come: that says nothing of the engine."""
+    config = {"request_rate": 5.0, "arrivals": "constant"}
+    summary = summarize(scheduled(tmp_path / "r", config=config))
+    assert summary.output_tps_steady.value is None
+    assert "arrivals set it" in summary.output_tps_steady.why_not
+    assert summary.steady_duration_s is None
+    assert summary.output_tps.value == pytest.approx(24.0)
+    assert summary.curves.timeline is not None
+    assert summary.curves.timeline.steady_s is None
+
+
 @pytest.mark.parametrize(
     ("sessions", "why"),
     [

@@ -60,7 +60,9 @@ def settings(server: Running, **changes: Any) -> EngineSettings:
     )
 
 
-SERVER_FIELDS = ("url", "model", "endpoint", "request_timeout_s", "api_key_env", "patience_s")
+SERVER_FIELDS = (
+    "url", "model", "endpoint", "request_timeout_s", "api_key_env", "metrics_url", "patience_s",
+)  # fmt: skip
 
 
 @contextmanager
@@ -213,10 +215,27 @@ def test_a_server_that_ignores_the_wish_for_ids_is_counted_by_usage(server: Runn
 
 def test_text_alone_cannot_be_measured(server: Running) -> None:
     with (
-        pytest.raises(UserError, match=r"the chunks hold 0 token.*text alone tells no tokens"),
+        pytest.raises(UserError, match=r"text without a running count.*text alone tells no tokens"),
         engine(server, speculating(Reply(ids=False, running=False))),
     ):
         pass
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_a_total_at_the_end_is_no_running_count(server: Running, endpoint: str) -> None:
+    """Every token would seem to come with the last chunk."""
+    late = Reply(ids=False, running=False, total_at_end=True, usage=False, wait_s=0.01)
+    said = refused(server, speculating(late), endpoint=endpoint)
+    assert "cannot be measured: the server sent text without a running count" in said
+
+
+def test_a_request_without_running_counts_is_that_requests_fault(server: Running) -> None:
+    late = Reply(ids=False, running=False, total_at_end=True, wait_s=0.01)
+    with engine(server, speculating(Reply(ids=False))) as running:
+        server.play(speculating(replies={"0": late}, default=Reply(ids=False)))
+        failed, after = one(running), one(running)
+    assert failed[-1].error == "the server sent text without a running count of its tokens"
+    assert (sum(lengths(failed)), sum(lengths(after))) == (0, 20)
 
 
 def test_a_chat_sends_messages_and_returns_text(server: Running) -> None:
@@ -473,6 +492,9 @@ def test_speculation_is_told_from_none(server: Running) -> None:
         server, Script(Reply(told="summary"), metrics=None), algorithm="NONE"
     )
     assert "does not speculate, but --speculative_algorithm is EAGLE3" in refused(server, Script())
+    assert "--draft_length is 5, the server" in refused(
+        server, speculating(Reply(told="summary")), draft_length=5
+    )
 
 
 def test_the_draft_length_is_the_servers_where_it_tells(server: Running) -> None:
@@ -480,12 +502,13 @@ def test_the_draft_length_is_the_servers_where_it_tells(server: Running) -> None
         f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="{k}"}} 0\n'
         for k in range(5)
     )
-    for script, k, source in (
-        (speculating(Reply(told="detailed", n_drafted=4)), 4, "as the server says"),
-        (speculating(metrics=SPECULATING + per_position), 5, "as the server says"),
-        (speculating(), 2, "as the user says"),
-    ):
-        with engine(server, script, draft_length=2) as running:
+    for script, said, k, source in (
+        (speculating(Reply(told="detailed", n_drafted=4)), 3, 4, "as the server says"),
+        (speculating(metrics=SPECULATING + per_position), 3, 5, "as the server says"),
+        (speculating(metrics=SPECULATING + per_position), 5, 5, "as the server says"),
+        (speculating(), 2, 2, "as the user says"),
+    ):  # 3 is said where --draft_length is left out
+        with engine(server, script, draft_length=said) as running:
             info = running.describe()
         assert (info.draft_length, info.settings["draft_length_from"]) == (k, source)
 
@@ -500,6 +523,55 @@ def test_sglang_says_how_it_was_started() -> None:
     assert (said.max_num_seqs, said.max_seq_len, said.version) == (48, 2048, "0.5.22")
     said = found("SGLang", {}, frozenset(), {}, {**about, "speculative_algorithm": None}, "")
     assert (said.speculates, said.k) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("about", "width"),
+    [
+        ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}, 1),
+        # What SGLang chooses for a Llama: 5 steps, 4 at each, 8 tokens checked.
+        ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 4}, 4),
+        ({"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 10}, 10),
+        ({"speculative_algorithm": "EAGLE3", "speculative_ngram_max_bfs_breadth": 10}, 1),
+    ],
+)
+def test_a_tree_of_drafts_has_no_draft_length(
+    server: Running, about: dict[str, object], width: int
+) -> None:
+    about = {**about, "speculative_num_draft_tokens": 8}
+    script = Script(Reply(told="sglang"), owned_by="sglang", metrics=None, server_info=about)
+    if width > 1:
+        assert f"drafts trees of width {width}, and a tree of drafts has no one" in refused(
+            server, script
+        )
+        return
+    with engine(server, script) as running:
+        assert running.describe().draft_length == 7
+
+
+def test_what_a_server_behind_a_gateway_is_told_by_its_metrics(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key goes to the gateway only."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame-open")
+    gateway = Script(owned_by="gateway", metrics=None)
+    positions = "".join(
+        f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="{k}"}} 0\n'
+        for k in range(5)
+    )
+    with started() as worker:
+        worker.play(Script(metrics=SPECULATING + positions))
+        where = f"{worker.url}/metrics"
+        assert "speculates, but --speculative_algorithm is NONE" in refused(
+            server, gateway, algorithm="NONE", metrics_url=where
+        )
+        with engine(server, gateway, metrics_url=f"{where}, {where}") as running:
+            assert running.describe().draft_length == 5
+        assert "authorization" not in worker.state()["asked_for_metrics"]
+        silent = f"{where},http://127.0.0.1:9/metrics"  # of one of two workers nothing is known
+        with engine(server, gateway, algorithm="NONE", metrics_url=silent) as running:
+            assert running.describe().draft_length == 0
+            assert one(running)[-1].merged is None
 
 
 def test_vllms_metrics_say_if_prompts_are_reused() -> None:

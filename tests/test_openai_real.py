@@ -24,7 +24,8 @@ from speedbench.config import from_dict
 from speedbench.report.summary import summarize
 from speedbench.target import Target
 from speedbench.types import UserError
-from tests.test_sglang_real import ENGINE_ARGS, environment
+from tests.cpu_engines import SGLANG as ENGINE_ARGS
+from tests.test_sglang_real import environment
 from tests.test_vllm_real import ONE_THREAD
 
 pytestmark = pytest.mark.real
@@ -181,6 +182,41 @@ def test_vllm_tells_every_verification(models: Path, tmp_path: Path) -> None:
     assert engine["settings"]["server"] == "vLLM"
     assert engine["prefix_cache"] is False
     hold(run, prepared)
+    beside(run, tmp_path)
+
+
+def beside(served: store.Run, folder: Path) -> None:
+    """The same measurement embedded: the same prompts, every request's verifications the same, and
+    a comparison that says where the times part."""
+    asked, directory = served.manifest["config"], folder / "embedded"
+    parameters = folder / "parameters.yaml"
+    parameters.write_text(json.dumps({"engine_args": {"enforce_eager": True}}))
+    same = (
+        "model_dir", "draft_model_dir", "speculative_algorithm", "dataset", "num_requests",
+        "concurrency", "output_length",
+    )  # fmt: skip
+    words = ["--engine", "VLLM", "--save_dir", str(directory), "--runtime_params", str(parameters)]
+    words += [word for name in same for word in (f"--{name}", str(asked[name]))]
+    env = {**os.environ, **ONE_THREAD, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    embedded = store.load(directory)
+    assert embedded.manifest["prompts"]["fingerprint"] == served.manifest["prompts"]["fingerprint"]
+    one, other = summarize(embedded), summarize(served)
+    assert list(one.histogram) == list(other.histogram)
+    for row, row_served in zip(one.categories, other.categories, strict=True):
+        assert row.name == row_served.name
+        assert row_served.lengths["al"].value == pytest.approx(row.lengths["al"].value)
+    words = ["compare", str(directory), str(served.directory), "--allow", "engine"]
+    compared = subprocess.run(
+        [sys.executable, "-m", "speedbench", *words], cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert "Where embedded and served part" in compared.stdout
 
 
 def test_vllm_that_merges_steps_and_tells_totals(models: Path, tmp_path: Path) -> None:

@@ -388,6 +388,16 @@ def test_an_arm_without_throughput_is_told_and_drawn_nowhere(tmp_path: Path) -> 
     assert any("2 sessions" in note for note in table.notes)
 
 
+def test_arrivals_make_no_k_the_best_in_output_tps(tmp_path: Path) -> None:
+    """In an open loop as many tokens come as conversations do, whatever the engine."""
+    rates = [arm_run(tmp_path / str(k), [10 + k] * 3, k=k, request_rate=8.0) for k in (1, 3)]
+    found = pareto(grouped(rates))
+    assert {p.output_tps.why_not for p in found.points} == {
+        "in an open loop arrivals set it, and not the engine"
+    }
+    assert {one.of: one.best for one in found.best} == {"user TPS": 1, "output TPS": None}
+
+
 # --- layout ---------------------------------------------------------------------------------------
 
 

@@ -694,6 +694,17 @@ def test_a_preset_says_how_small_a_difference_shows(tmp_path: Path) -> None:
     assert "Preset" not in shown(stored(tmp_path / "s", rows))
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "hashed"), [("chat", "messages"), ("completions", "token IDs")]
+)
+def test_the_fingerprint_is_of_what_was_sent(tmp_path: Path, endpoint: str, hashed: str) -> None:
+    server = {"engine": "OPENAI", "url": "http://h:1", "model": "m", "endpoint": endpoint}
+    prompts = {"fingerprint": "f" * 64, "turns": "first", "tokenizer": "t", "n_prompts": 1}
+    rows = [conversation("c0", "a", [1, 4])]
+    text = " ".join(shown(stored(tmp_path / "r", rows, config=server, prompts=prompts)).split())
+    assert f"of the first turns' {hashed}" in text
+
+
 def test_where_a_prepared_dataset_came_from_is_shown(tmp_path: Path) -> None:
     run = stored(tmp_path / "r", [conversation("c0", "a", [1, 4])])
     origin = {"repository": "nvidia/SPEED-Bench", "revision": "fd51e1f5c17d9071"}

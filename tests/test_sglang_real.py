@@ -24,23 +24,11 @@ from speedbench.calibration import closed_form
 from speedbench.checks import reconcile
 from speedbench.config import from_dict
 from speedbench.report.summary import summarize
+from tests.cpu_engines import SGLANG as ENGINE_ARGS
 from tests.processes import children_of, is_running
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parent.parent
-ENGINE_ARGS = {
-    "device": "cpu",
-    "dtype": "float32",
-    "mem_fraction_static": 0.3,
-    "max_total_tokens": 32768,
-    "grammar_backend": "none",
-    "disable_cuda_graph": True,
-    # Named in pairs: alone, intel_amx becomes torch_native on a CPU without AMX, which cannot
-    # verify drafts.
-    "attention_backend": "torch_native",
-    "prefill_attention_backend": "intel_amx",
-    "decode_attention_backend": "intel_amx",
-}
 
 
 @pytest.fixture(scope="session")

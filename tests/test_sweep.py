@@ -302,6 +302,41 @@ def test_a_load_that_the_engine_refuses_does_not_size_the_others_engine() -> Non
     assert [(c.config.concurrency, c.config.max_num_seqs) for c in found] == [(1, 1), (8, 8)]
 
 
+def test_one_server_is_not_swept_over_what_it_was_started_with() -> None:
+    served = {
+        "engine": "OPENAI", "url": "http://h:1", "model": "m", "dataset": "random",
+        "random_isl": 8, "speculative_algorithm": "EAGLE3",
+    }  # fmt: skip
+    assert len(cells(served, grid={"concurrency": [1, 8]})) == 2
+    with pytest.raises(UserError, match="with --draft_length 1 and 5, but it drafts as it was"):
+        cells(served, grid={"draft_length": [1, 5]})
+    with pytest.raises(UserError, match="with --speculative_algorithm NONE and EAGLE3"):
+        cells(served, grid={"speculative_algorithm": ["NONE", "EAGLE3"]})
+    others = [
+        {"url": "http://h:1", "draft_length": 1}, {"url": "http://h:2", "draft_length": 5},
+    ]  # fmt: skip
+    assert len(cells(served, cells=others)) == 2
+
+
+def test_two_servers_are_two_cells() -> None:
+    """Such as one behind another router, of which nothing else is known."""
+    served: dict[str, Any] = {
+        "engine": "OPENAI", "model": "m", "dataset": "random", "random_isl": 8,
+    }  # fmt: skip
+    urls = ["http://h:1", "http://h:2"]
+    found = cells(served, cells=[{"url": url} for url in urls])
+    assert [cell.config.url for cell in found] == urls
+    assert len({cell.name for cell in found}) == 2
+    assert [c.config.url for c in cells(served, grid={"url": urls})] == urls
+    assert len(starts(found)) == 2
+    # Measured again at where a server has moved to, a cell is the one that it was.
+    served["url"] = urls[0]
+    before = cells(served, grid={"concurrency": [1, 8]})
+    after = cells({**served, "url": urls[1]}, before, grid={"concurrency": [1, 4, 8]})
+    assert [cell.name for cell in before] == ["baseline-c1", "baseline-c8"]
+    assert [cell.name for cell in after] == ["baseline-c1", "baseline-c4", "baseline-c8"]
+
+
 # --- the order ------------------------------------------------------------------------------------
 
 

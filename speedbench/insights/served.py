@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +149,13 @@ def _why_no_acceptance(run: Run) -> str:
     columns = run.columns
     if len(columns.step) and (columns.engine_steps == 1).all():
         return "the responses tell only which tokens each chunk holds"
-    return (
-        "the responses tell none: start vLLM with --per-request-spec-decode-metrics detailed; "
-        "chunks may merge steps, and are not counted as steps"
-    )
+    server = run.manifest["engine"].get("settings", {}).get("server")
+    hint = HINTS.get(str(server), "")
+    return f"the responses tell none{hint}; chunks may merge steps, and are not counted as steps"
+
+
+HINTS: Mapping[str, str] = {
+    "vLLM": ": start vLLM with --per-request-spec-decode-metrics detailed",
+    "SGLang": ": use an SGLang whose requests take return_spec_tokens_details",
+}
+"""How a server is brought to tell."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from speedbench import store
 from speedbench.checks import Check
-from speedbench.config import DEFAULTS
+from speedbench.config import DEFAULTS, NEEDS_DRAFT_MODEL
 from speedbench.report.merge import merged
 from speedbench.store import Run
 from speedbench.types import UserError
@@ -142,6 +142,12 @@ def grouped(runs: Sequence[Run], series: Sequence[str] = ()) -> tuple[Arm, ...]:
 def unlike(arm: Arm) -> Iterator[Check]:
     """What its repeats differ in that should change nothing measured, and might."""
     first, *others = (run.manifest for run in arm.runs)
+    if others and _has_unknown_drafter(first["config"]):
+        yield Check(
+            "warning",
+            "which drafter the server ran is not known: the repeats are alike as far as it tells; "
+            "give --draft_model_dir",
+        )
     for number, other in enumerate(others, 2):
         for what, mine, theirs in lesser_differences(first, other):
             if mine != theirs:
@@ -149,6 +155,12 @@ def unlike(arm: Arm) -> Iterator[Check]:
                     "warning",
                     f"the repeats differ: {what} is {mine} in run 1 and {theirs} in run {number}",
                 )
+
+
+def _has_unknown_drafter(config: Mapping[str, Any]) -> bool:
+    """A server may have been started again with another one."""
+    needs_one = config.get("speculative_algorithm") in NEEDS_DRAFT_MODEL
+    return needs_one and bool(config.get("url")) and config.get("draft_model_dir") is None
 
 
 def lesser_differences(

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from speedbench import stats
-from speedbench.checks import Check
+from speedbench.checks import Check, is_chat
 from speedbench.columns import Floats, Ints
 from speedbench.report import comparable, sample, sides
 from speedbench.report.arms import Arm
@@ -469,9 +469,10 @@ def _doubts(base: Sample, arm: Sample, both: _Both, left_out: Mapping[str, int])
             "their difference is in every ratio",
         )
     elif not left_out.get(sides.ASKED_OTHERWISE):
-        yield Check(
-            "note", f"all {both.n_prompts} prompts were identical in both arms, token by token"
-        )
+        how = "identical in both arms, token by token"
+        if is_chat(base.manifest) or is_chat(arm.manifest):
+            how = "the same messages in both arms; the server made the tokens"
+        yield Check("note", f"all {both.n_prompts} prompts were {how}")
     for why, n_out in left_out.items():
         hint = HINTS.get(why, "")
         level: Literal["warning", "note"] = "note" if why == sides.UNTIMED else "warning"

@@ -432,8 +432,8 @@ _TERMS = (
         "arrivals",
         "Arrivals",
         "conversations that came per second whatever the engine did (an open loop), and those that "
-        "ended in the second half of the time in which they came; a turn that had to wait for a "
-        "place was submitted when it was due",
+        "ended well in the second half of the time in which they came; a turn that had to wait for "
+        "a place was submitted when it was due",
         "",
         "1/s",
         "",

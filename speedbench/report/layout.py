@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from speedbench import presets
-from speedbench.checks import Check
+from speedbench.checks import Check, is_chat
 from speedbench.report import layout_charts
 from speedbench.report.blocks import (
     Block,
@@ -461,11 +461,12 @@ def _provenance(summary: Summary) -> Facts:
     config, engine, dataset = manifest["config"], manifest["engine"], manifest["dataset"]
     machine, prompts = manifest["environment"], manifest["prompts"]
     turns = {"first": "first turns only", "all": "all turns"}
+    hashed = "messages" if is_chat(manifest) else "token IDs"
     facts = {
         "prompts": f"{prompts['n_prompts']} prompts, {turns.get(prompts['turns'], '')}; "
         f"tokenizer {prompts['tokenizer']}",
         "fingerprint": prompts["fingerprint"]
-        + (", of the first turns' token IDs" if prompts["turns"] == "first" else ""),
+        + (f", of the first turns' {hashed}" if prompts["turns"] == "first" else ""),
         "dataset": f"{dataset['name']}, {sum(dataset['expected'].values())} rows, "
         f"{dataset['path']}{_origin(dataset.get('origin'))}",
         "sha256": dataset["sha256"],

@@ -10,8 +10,9 @@ from speedbench.report.load import Goodput, Load
 
 NO_VALUE = "n/a"
 GREW = (
-    "The queue grew: conversations came faster than they ended, so that latencies say how long was "
-    "measured, and not how fast the engine is. Lower --request_rate."
+    "The queue grew, or conversations failed: fewer ended well than came. Latencies say how long "
+    "was measured, or leave out what was turned away, and not how fast the engine is. Lower "
+    "--request_rate."
 )
 KEPT = "as many conversations ended as came: no queue grew"
 
@@ -32,12 +33,11 @@ def _arrivals(found: Arrivals) -> Iterator[tuple[str, str, Style]]:
     law = "at random (Poisson)" if found.process == "poisson" else "evenly"
     came = f"{found.n} conversations, {law}, {_rate(found.rate_per_s)} per s asked for"
     if found.offered_per_s is not None:
-        came += f", {_rate(found.offered_per_s)} per s came"
-    yield (
-        "Arrivals",
-        f"{came}; at most {found.n_most_in_flight} at a time were not answered.",
-        "plain",
-    )
+        came += (
+            f", {_rate(found.offered_per_s)} per s came; at most {found.n_most_in_flight} at a "
+            "time were not answered"
+        )
+    yield "Arrivals", f"{came}.", "plain"
     if found.is_behind is None:
         yield "Kept up", f"{NO_VALUE}: {found.why_not}.", "plain"
     else:

@@ -21,7 +21,7 @@ from speedbench.report.arms import Arm
 from speedbench.report.break_even import BreakEven, Speedup, break_even
 from speedbench.report.compare import compare, overall_speedup
 from speedbench.report.sample import Sample
-from speedbench.report.summary import Figure, throughput
+from speedbench.report.summary import OPEN_LOOP, Figure, throughput
 from speedbench.store import Run, n_replicas_of
 from speedbench.types import UserError
 
@@ -180,6 +180,8 @@ def _outputs(runs: Sequence[Run], is_steady: bool) -> tuple[Figure, ...]:
     found = []
     for run in runs:
         whole, (steady, _), _ = throughput(run)
+        if run.manifest["config"].get("request_rate"):
+            whole = steady = Figure(None, why_not=OPEN_LOOP)
         found.append(steady if is_steady else whole)
     return tuple(found)
 

@@ -18,6 +18,7 @@ from speedbench.report.definitions import DEFINITIONS
 from speedbench.report.figure import Figure
 from speedbench.report.load import NOTHING, Load, load_of
 from speedbench.report.pooled import pooled
+from speedbench.spans import APART, spans_of, why_no_throughput
 from speedbench.store import Run, expected_conversations
 
 __all__ = (
@@ -471,21 +472,24 @@ def _engine_length(manifests: Sequence[Mapping[str, Any]]) -> Figure:
     return Figure(1 + accepted / drafts, why_not="the counters are totals of the run")
 
 
+OPEN_LOOP = "in an open loop arrivals set it, and not the engine"
+
+
 def throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
     """Output TPS over the whole run, over the steady window (with its seconds), and per GPU."""
-    sessions = run.manifest.get("sessions", [])
-    numbers = {session["session"] for session in sessions}
-    if why := _why_no_throughput(run, len(numbers)):
+    if why := why_no_throughput(run):
         return (
             Figure(None, why_not=why),
             (Figure(None, why_not=why), None),
             Figure(None, why_not=why),
         )
-    number, config = numbers.pop(), run.manifest["config"]
-    spans, why = _spans(run.manifest)
+    number, config = run.manifest["sessions"][0]["session"], run.manifest["config"]
+    spans, why = spans_of(run.manifest)
     window = metrics.steady_window(run.columns, number, spans, config["concurrency"])
     if why:
         steady: tuple[Figure, float | None] = (Figure(None, why_not=why), None)
+    elif config.get("request_rate"):
+        steady = (Figure(None, why_not=OPEN_LOOP), None)
     elif window is None:
         short = "there were no more conversations than slots"
         if len(spans) > 1:
@@ -493,9 +497,9 @@ def throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
         steady = (Figure(None, why_not=short), None)
     else:
         steady = (Figure(window.output_tps), window.duration_s)
-    if run.manifest.get("merged"):
-        apart = "the merged jobs did not start together: only a steady window can be common"
-        return Figure(None, why_not=why or apart), steady, Figure(None, why_not=why or apart)
+    if why or run.manifest.get("merged"):
+        untold = Figure(None, why_not=why or f"{APART}: only a steady window can be common")
+        return untold, steady, untold
     whole = metrics.whole_window(run.columns, number, spans).output_tps
     n_gpus = int(config["tp_size"]) * int(config["pp_size"]) * int(config["dp_size"]) * len(spans)
     engine = run.manifest["engine"]
@@ -510,51 +514,13 @@ def throughput(run: Run) -> tuple[Figure, tuple[Figure, float | None], Figure]:
     return Figure(whole), steady, per_gpu
 
 
-def _why_no_throughput(run: Run, n_sessions: int) -> str:
-    """Why the records cannot support a throughput; '' if they can."""
-    sessions = run.manifest.get("sessions", [])
-    if n_sessions != 1:
-        return f"throughput is not pooled over {n_sessions} sessions"
-    if any(session.get("ended_ns") is None for session in sessions):
-        return "the session did not end in order"
-    if any(session.get("n_uncommitted") for session in sessions):
-        return "conversations were in flight at the end, and their tokens are not in the records"
-    if run.damage:
-        return "a part of the records cannot be read"
-    if not len(run.columns.step):
-        return "no step was recorded"
-    if not metrics.timed(run.columns).all():
-        return "the clock runs backwards"
-    failed = [s["replica"] for s in sessions if len(sessions) > 1 and s.get("end") != "finished"]
-    return f"replica {failed[0]} did not measure its share" if failed else ""
-
-
 def _timeline(run: Run) -> tuple[str, Timeline | None]:
     """What was in flight over time, and why the records cannot tell ('' if they can)."""
-    sessions = run.manifest.get("sessions", [])
-    numbers = {session["session"] for session in sessions}
-    if why := _why_no_throughput(run, len(numbers)):
+    if why := why_no_throughput(run):
         return why, None
-    spans, why = _spans(run.manifest)
+    spans, why = spans_of(run.manifest)
     if why:
         return why, None
-    slots = run.manifest["config"]["concurrency"]
-    return "", timeline(run.columns, numbers.pop(), spans, slots, N_POINTS)
-
-
-def _spans(manifest: Mapping[str, Any]) -> tuple[list[metrics.Span], str]:
-    """When each replica measured, on a common clock, and why there is none ('' if there is)."""
-    sessions = manifest["sessions"]
-    one_clock = len({session.get("clock") for session in sessions}) == 1
-    met = not manifest.get("merged") and all(s.get("met_ns") is not None for s in sessions)
-    known = len(sessions) == 1 or met or (one_clock and sessions[0].get("clock"))
-    spans = [
-        metrics.Span(
-            session.get("replica", 0),
-            session["started_ns"],
-            session["ended_ns"],
-            0 if one_clock or not met else session["met_ns"],
-        )
-        for session in sessions
-    ]
-    return spans, "" if known else "the merged jobs have no clock in common"
+    config, number = run.manifest["config"], run.manifest["sessions"][0]["session"]
+    found = timeline(run.columns, number, spans, config["concurrency"], N_POINTS)
+    return "", replace(found, steady_s=None) if config.get("request_rate") else found
