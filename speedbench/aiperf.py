@@ -295,7 +295,7 @@ def _told(
         for place, value in enumerate((steps, accepted, drafted)):
             own[place] += int(value)
     why = (
-        "" if sums else "the responses tell none: start vLLM with --per-request-spec-decode-metrics"
+        "" if sums else "the responses tell none (vLLM's do with --per-request-spec-decode-metrics)"
     )
     if not is_there:
         why = f"{RECORDS} is missing: run AIPerf with --export-level records"

@@ -91,6 +91,9 @@ def _provenance(run: Run) -> Iterator[Check]:
         )
     if engine.get("prefix_cache") and not config["prefix_cache"]:
         yield _warning("the engine's prefix cache is on though it was not asked for")
+    source = engine.get("settings", {}).get("acceptance_from", "not told")
+    if source != "not told":
+        yield _note(f"acceptance is told by {source}")
     if is_chat(run.manifest):
         yield _note(
             "the prompts went as messages, which the server templated and encoded (--endpoint "
@@ -198,9 +201,12 @@ def _steps(run: Run) -> Iterator[Check]:
         )
     merged = int((columns.engine_steps != 1).sum())
     if merged:
+        told = columns.told is not None and len(columns.told.request)
+        counted_by = "what the server told of its requests is" if told else "they are"
+        place = "in the histogram instead" if told else "in no histogram"
         yield _warning(
             f"{merged} of {len(columns.step)} events ({merged / len(columns.step):.1%}) merge "
-            "engine steps, or may: they are in no histogram, and step times lack them"
+            f"engine steps, or may: {counted_by} {place}, and step times lack them"
         )
     if columns.told is not None and columns.told.lengths.shape[1] > k + 2:
         yield _error(
@@ -412,11 +418,15 @@ def _counters(run: Run) -> Iterator[Check]:
             f"{books['phantom']} phantom drafts: {books['unexplained_drafts']:+d} unexplained"
         )
     if not books["exact"]:
-        merged = f", and {books['merged']} event(s) may merge steps" if books["merged"] else ""
+        why = [
+            f"of {books['untold']} step(s) it does not tell whether a draft was checked, or what "
+            "was cut off",
+            f"{books['merged']} event(s) may merge steps",
+        ]
+        found = [one for one, n in zip(why, ("untold", "merged"), strict=True) if books[n]]
         yield _note(
-            "the engine's counters are reconciled within bounds only: of "
-            f"{books['untold']} step(s) it does not tell whether a draft was checked, or what was "
-            f"cut off{merged}"
+            "the engine's counters are reconciled within bounds only: "
+            + " and ".join(found or why[:1])
         )
 
 

@@ -294,8 +294,8 @@ def not_repeatable(was: str | None, now: str) -> str:
 
 def try_known_answer(config: RunConfig, prepared: Prepared, directory: Path) -> None:
     """For a calibration checkpoint: hold the records against the closed form, and store that."""
-    if config.model_dir is None or config.engine == "NULL":
-        return
+    if config.model_dir is None or config.engine == "NULL" or config.endpoint == "chat":
+        return  # of a chat the prompts are the server's
     from speedbench import calibrate, store
 
     try:

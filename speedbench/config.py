@@ -509,6 +509,10 @@ class RunConfig(BaseModel):
 def _refuse_no_place(flag: str, url: str) -> None:
     """Raise for an address that is none, or that holds what must not be stored."""
     parts = urlsplit(url)
+    try:
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"--{flag} is '{url}': {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--{flag} is '{url}': expected such as http://127.0.0.1:8000")
     if parts.username or parts.password or parts.query or parts.fragment:

@@ -175,6 +175,8 @@ class Acceptance:
     is_whole     no decode step can be missing
     n_merged, n_events  events left out of every histogram, and all events
     as_published (K+2 or more,) every event as it looks, by tokens: prefill, cut and merged ones too
+    n_cut_unknown  requests that are not in `as_published`: the end cut one of their steps, and it
+                 is not known which of those that were told
     """
 
     n_categories: int
@@ -193,6 +195,7 @@ class Acceptance:
     n_merged: int
     n_events: int
     as_published: Ints
+    n_cut_unknown: int
     is_whole: bool = True
 
     @property
@@ -254,8 +257,12 @@ def acceptance(columns: Columns, draft_length: int, cut_short: Bools | None = No
         n_events=int(n_events.sum()),
         is_whole=columns.told is None or columns.told.is_whole,
         as_published=_added(
-            np.bincount(columns.n_tokens[single], minlength=draft_length + 2), told.as_published
+            np.bincount(
+                columns.n_tokens[single | (keep & told.is_shown)], minlength=draft_length + 2
+            ),
+            told.as_published,
         ),
+        n_cut_unknown=told.n_cut_unknown,
     )
 
 
@@ -271,14 +278,18 @@ class _ToldCounts:
 
     whole, whole_verify  (C', K+2) decode steps and verifications by length
     n_events      (C',) steps, the prefills included
-    as_published  (K+2,) the same by length
+    is_shown      (S,) of those, the events that are one step each: they look as they look
+    as_published  (K+2,) the others by length, of requests whose end cut none of them
+    n_cut_unknown  requests of the others whose end did
     """
 
     of_step: Bools
     whole: Ints
     whole_verify: Ints
     n_events: Ints
+    is_shown: Bools
     as_published: Ints
+    n_cut_unknown: int
 
 
 def _told_counts(columns: Columns, measured: Bools, code: Ints, draft_length: int) -> _ToldCounts:
@@ -287,6 +298,8 @@ def _told_counts(columns: Columns, measured: Bools, code: Ints, draft_length: in
     plain = np.zeros(n, np.int64)
     prefills = np.zeros(n, np.int64)
     of_step = np.zeros(len(columns.step), bool)
+    merged = np.bincount(columns.request, columns.engine_steps != 1, columns.n_requests) > 0
+    published, n_cut_unknown = np.zeros(width, np.int64), 0
     told = columns.told
     if told is not None and told.lengths.shape[1] <= width:  # else K is not what it says
         keep = measured[columns.conversation[told.request]]
@@ -297,11 +310,24 @@ def _told_counts(columns: Columns, measured: Bools, code: Ints, draft_length: in
         np.add.at(plain, group, told.n_plain[keep])
         np.add.at(prefills, group, 1)
         of_step = np.isin(columns.request, told.request[keep])
+        n_tokens = np.bincount(columns.request, columns.n_tokens, columns.n_requests)
+        n_plain, request = told.n_plain[keep], told.request[keep]
+        uncut = (1 + lengths @ np.arange(width) + n_plain == n_tokens[request]) & told.is_whole
+        known = merged[request] & uncut
+        published = lengths[known].sum(axis=0)
+        published[1] += n_plain[known].sum() + known.sum()
+        n_cut_unknown = int((merged[request] & ~uncut).sum())
     whole = whole_verify.copy()
     whole[:, 1] += plain
-    published = whole.sum(axis=0)
-    published[1] += prefills.sum()
-    return _ToldCounts(of_step, whole, whole_verify, whole.sum(axis=1) + prefills, published)
+    return _ToldCounts(
+        of_step,
+        whole,
+        whole_verify,
+        whole.sum(axis=1) + prefills,
+        of_step & ~merged[columns.request],
+        published,
+        n_cut_unknown,
+    )
 
 
 def _ratio(numerator: Floats | Ints, denominator: Floats | Ints) -> Floats:

@@ -200,6 +200,10 @@ def expanded(
         asked = [*baselines, *asked]
     configs = _with_slots([config for config, _ in asked], most_requests, kept)
     _refuse_one_server_as_several(configs)
+    if "draft_length" in spec.grid and all(c.speculative_algorithm == "NONE" for c in configs):
+        raise UserError(
+            "draft_length is swept, but nothing drafts: add speculative_algorithm, which is NONE"
+        )
     unique: dict[str, tuple[RunConfig, Values]] = {}
     for config, (_, own) in zip(configs, asked, strict=True):
         unique.setdefault(identity(config), (config, own))

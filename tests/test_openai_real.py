@@ -223,8 +223,23 @@ def test_vllm_that_merges_steps_and_tells_totals(models: Path, tmp_path: Path) -
     words = ("--per-request-spec-decode-metrics", "summary", "--stream-interval", "5")
     with vllm(models, tmp_path, *words) as url:
         run, prepared = measured(config(url, models, tmp_path / "run"))
+        chat = {"endpoint": "chat", "dataset": "mini", "num_requests": 22, "output_length": 24}
+        chats, _ = measured(config(url, models, tmp_path / "chat", **chat))
     assert (run.columns.engine_steps != 1).mean() > 0.5
     hold(run, prepared)
+    hold_against_counters(chats)
+
+
+def hold_against_counters(run: store.Run) -> None:
+    """Of live chats, whose prompts the server makes: what the responses told, each for itself, is
+    what the server counted in all."""
+    assert run.columns.turn.max() > 0
+    rows = store.load_served(run).to_pylist()
+    assert len(rows) == run.columns.n_requests
+    told = np.sum([found + [0] * (4 - len(found)) for r in rows if (found := r["histogram"])], 0)
+    (entry,) = run.manifest["sessions"]
+    assert entry["counters"]["drafts"] == told.sum() > 0
+    assert entry["counters"]["accepted"] == told @ np.arange(4)
 
 
 def test_sglang_tells_totals(models: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from speedbench.report.blocks import Block, Column, Facts, Table
 from speedbench.report.document import document
 from speedbench.report.summary import Resamples, Summary, summarize, summarize_repeats
 from speedbench.store import Run
-from speedbench.types import ConversationRecord
+from speedbench.types import ConversationRecord, Served, ToldAcceptance
 from tests.builders import MS, S, conversation, counters, session, stored, told, turn
 
 CATEGORIES = [
@@ -712,3 +713,34 @@ def test_where_a_prepared_dataset_came_from_is_shown(tmp_path: Path) -> None:
     store.write_manifest(tmp_path / "r", {**run.manifest, "dataset": dataset})
     text = " ".join(shown(store.load(tmp_path / "r")).split())
     assert "(from nvidia/SPEED-Bench at fd51e1f5c17d)" in text
+
+
+# --- as published, of a server --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chunks", "engine_steps", "histogram"),
+    [
+        # The end cut the second verification's two tokens to one, as the last chunk shows.
+        ([1, 4, 1], [1, 1, 1], (2, 0, 0, 1)),
+        # Where one chunk holds both, either may be the one that was cut: 3 + 2 or 4 + 1 tokens.
+        ([1, 5], [1, 2], ()),
+    ],
+)
+def test_what_the_publisher_would_count_is_what_shows(
+    tmp_path: Path, chunks: list[int], engine_steps: list[int], histogram: tuple[int, ...]
+) -> None:
+    """Two verifications that accepted 3 and 1 of 3 drafts, uncut, in an answer of 6 tokens."""
+    made = turn("r.0", chunks, engine_steps=engine_steps, finish="length")
+    said = ToldAcceptance("the server", (0, 1, 0, 1), 6)
+    served = Served(sent_ns=0, new_connection=False, acceptance=said)
+    record = replace(made, steps=[*made.steps[:-1], made.steps[-1]._replace(served=served)])
+    where = {"engine": "OPENAI", "url": "http://127.0.0.1:1", "model": "m"}
+    found = summarize(stored(tmp_path / "r", [conversation("c", "a", record)], config=where))
+    assert list(found.histogram) == [0, 1, 0, 1]
+    assert found.published_histogram == histogram
+    if histogram:
+        assert found.published_al_step.value == 6 / 3
+    else:
+        assert "which of the steps that the server told" in found.published_al_step.why_not
+        assert "Acceptance Length Histogram n/a" in markdown.render(found)

@@ -181,6 +181,7 @@ def test_what_format_4_holds_of_a_server_is_read(capsys: pytest.CaptureFixture[s
     assert any(row["engine_steps"] != 1 for row in rows_of(directory, "steps"))
     found = of_json(directory, capsys)
     assert found["acceptance"]["al"]["al_drafted"]["value"] == pytest.approx(11 / 5)
+    assert list(found["as_published"]["histogram"].values()) == [60, 20, 20, 20]  # and a prefill
     names = set(store.load_server_metrics(directory)["name"].to_pylist())
     assert names == {"up", "vllm:num_requests_running", "vllm:spec_decode_num_drafts_total"}
 

@@ -18,9 +18,9 @@ from speedbench.checks import Check
 from speedbench.lossless import Greedy, Losslessness
 from speedbench.report.arms import Arm
 from speedbench.report.blocks import clean
-from speedbench.report.layout import DISTRIBUTIONS, title
+from speedbench.report.layout import title
 from speedbench.report.sample import Sample
-from speedbench.report.summary import DEFINITIONS, Figure, Summary
+from speedbench.report.summary import DEFINITIONS, Figure, Summary, why_no_time
 
 if TYPE_CHECKING:
     from speedbench.report.found import Found
@@ -85,7 +85,7 @@ def _run(summary: Summary) -> dict[str, Any]:
             "per_gpu": _figure(summary.output_tps_per_gpu),
         },
         "timing": {
-            name: found or {"n": 0, "why_not": DISTRIBUTIONS[name][2]}
+            name: found or {"n": 0, "why_not": why_no_time(summary.manifest, name)}
             for name, found in summary.timing.items()
         },
         "load": _mirror(summary.load),

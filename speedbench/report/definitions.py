@@ -551,7 +551,8 @@ _TERMS = (
     Term(
         "n_pairs",
         "Pairs",
-        "conversations measured in both arms with the same prompts, token by token",
+        "conversations measured in both arms with the same prompts, token by token (of chats: with "
+        "the same messages)",
         "",
         "conversations",
         "",

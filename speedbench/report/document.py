@@ -28,6 +28,7 @@ from speedbench.report.summary import (
     Summary,
     summarize,
     summarize_repeats,
+    why_no_time,
 )
 from speedbench.types import UserError
 
@@ -348,5 +349,5 @@ def by_run(runs: Sequence[Summary]) -> Table:
 def _time(run: Summary, key: str, factor: float, statistic: str) -> Figure:
     found = (run.timing[key] or {}).get(statistic)
     if found is None:
-        return Figure(None, why_not="no request has it")
+        return Figure(None, why_not=why_no_time(run.manifest, key))
     return Figure(found * factor)

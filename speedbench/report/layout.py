@@ -25,7 +25,7 @@ from speedbench.report.blocks import (
 from speedbench.report.definitions import DEFINITIONS
 from speedbench.report.layout_load import of_load
 from speedbench.report.layout_stalls import of_stalls
-from speedbench.report.summary import Figure, Summary
+from speedbench.report.summary import Figure, Summary, why_no_time
 from speedbench.store import n_replicas_of
 
 NOT_A_MEASUREMENT = "SIMULATED: the engine made everything up; nothing here is a measurement."
@@ -87,7 +87,7 @@ def in_short(summary: Summary) -> Facts:
         ("TTFT P50", "ttft_s", 1e3, "ms"),
     ):
         found = (summary.timing[key] or {}).get("p50")
-        figure = Figure(None, why_not="no request has it")
+        figure = Figure(None, why_not=why_no_time(summary.manifest, key))
         items.append((name, sentence(figure if found is None else Figure(found * factor), unit)))
     items.append(("Output TPS", sentence(summary.output_tps, "tokens/s over the whole run")))
     return Facts(tuple((name, text, "plain") for name, text in items))
@@ -126,8 +126,9 @@ def _base_name(path: str | None) -> str:
 
 
 def totals(summary: Summary) -> str:
+    events = "chunks" if summary.manifest["config"].get("url") else "steps"
     text = (
-        f"{summary.n_steps} steps and {summary.n_output_tokens} tokens of {summary.n_requests} "
+        f"{summary.n_steps} {events} and {summary.n_output_tokens} tokens of {summary.n_requests} "
         f"requests in {summary.n_conversations + summary.n_failed} conversations were recorded"
     )
     if summary.n_failed:
@@ -366,6 +367,10 @@ def _length_by_category_table(summary: Summary) -> Table:
 def _published(summary: Summary) -> Verbatim:
     """In the published console's own spelling: key n of the rates is P(n tokens | n - 1)."""
     histogram = summary.published_histogram
+    average = f"Average AL {sentence(summary.lengths['al_specdec_bench'])}"
+    if not histogram:
+        why_not = summary.published_al_step.why_not
+        return Verbatim((f"Acceptance Length Histogram {NO_VALUE} ({why_not})", average))
     tokens = sum(n * count for n, count in enumerate(histogram, 1))
     rates = [
         f"{n} {NO_VALUE} ({rate.why_not})" if rate.value is None else f"{n} {rate.value!r}"
@@ -380,25 +385,21 @@ def _published(summary: Summary) -> Verbatim:
             *rates,
             f"Token-weighted AL {sentence(summary.published_al_step)} "
             f"({tokens} tokens in {sum(histogram)} steps)",
-            f"Average AL {sentence(summary.lengths['al_specdec_bench'])}",
+            average,
         )
     )
 
 
 # ---------------------------------------------------------------- time
 
-DISTRIBUTIONS: Mapping[str, tuple[str, float, str]] = {
-    "e2e_s": ("E2E Request\nTime (s)", 1, "no request ended"),
-    "ttft_s": ("TTFT Time\n(ms)", 1e3, "no request ended"),
-    "step_time_s": ("Request\nGeneration\nStep\nTime (ms)", 1e3, "no request has two steps"),
-    "user_tps": (
-        "Request\nGeneration\nTokens Per\nSecond (1/s)",
-        1,
-        "no request has two steps",
-    ),
-    "output_tokens": ("Number of\nOutput\nTokens", 1, "no request ended"),
+DISTRIBUTIONS: Mapping[str, tuple[str, float]] = {
+    "e2e_s": ("E2E Request\nTime (s)", 1),
+    "ttft_s": ("TTFT Time\n(ms)", 1e3),
+    "step_time_s": ("Request\nGeneration\nStep\nTime (ms)", 1e3),
+    "user_tps": ("Request\nGeneration\nTokens Per\nSecond (1/s)", 1),
+    "output_tokens": ("Number of\nOutput\nTokens", 1),
 }
-"""By their published names: header, factor from the stored unit, and why there may be none."""
+"""By their published names: header, and factor from the stored unit."""
 
 STATISTICS: Mapping[str, str] = {
     "min": "min",
@@ -428,7 +429,10 @@ def _rates(summary: Summary) -> tuple[tuple[str, Figure, str], ...]:
 def _distributions(summary: Summary) -> Table:
     """A column for each distribution, so that no number is cut on a narrow terminal."""
     cells = Cells()
-    shown = [(summary.timing[name], *about) for name, about in DISTRIBUTIONS.items()]
+    shown = [
+        (summary.timing[name], *about, why_no_time(summary.manifest, name))
+        for name, about in DISTRIBUTIONS.items()
+    ]
     rows = [("n", *(f"{found['n']:.0f}" if found else "0" for found, *_ in shown))]
     for key, label in STATISTICS.items():
         row = [label]

@@ -66,6 +66,8 @@ def pooled(runs: Sequence[Run]) -> tuple[metrics.Acceptance, tuple[str, ...], tu
                 [np.pad(one.as_published, (0, longest - len(one.as_published))) for one in each],
                 axis=0,
             ),
+            n_cut_unknown=sum(one.n_cut_unknown for one in each),
+            is_whole=all(one.is_whole for one in each),
         ),
         categories,
         tuple(place),

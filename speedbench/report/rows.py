@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from speedbench.lossless import Greedy, Sampled
-from speedbench.report.summary import CategoryRow, Figure, Summary
+from speedbench.report.summary import CategoryRow, Figure, Summary, why_no_time
 
 if TYPE_CHECKING:
     from speedbench.report.compare import ArmComparison
@@ -198,7 +198,7 @@ def _speed(here: _Place, summary: Summary) -> Iterator[Row]:
         name = stored.removesuffix("_s")
         unit = UNITS.get(name, "tokens")
         if found is None:
-            missing = Figure(None, why_not="no request ended, or none has two steps")
+            missing = Figure(None, why_not=why_no_time(summary.manifest, stored))
             yield here.row(f"{name}_mean", missing, unit, definition=name, n=0)
             continue
         for statistic, value in found.items():

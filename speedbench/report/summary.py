@@ -266,6 +266,12 @@ def _accepted(
     joint = metrics.joint_rates(rates)
     published = counts.as_published
     n_published = int(published.sum())
+    cut_off = (
+        f"of {counts.n_cut_unknown} request(s) it is not known which of the steps that the server "
+        "told the end cut off"
+        if counts.n_cut_unknown
+        else ""
+    )
     return _Accepted(
         kinds={
             "verify": counts.n_verify,
@@ -298,13 +304,15 @@ def _accepted(
         if counts.told_apart
         else "decode steps (verify and plain not told apart)",
         draft_hit_rate=_hit_rate(counts),
-        published_histogram=tuple(int(n) for n in published[1:]),
-        published_rates=_figures(
+        published_histogram=() if cut_off else tuple(int(n) for n in published[1:]),
+        published_rates=tuple(Figure(None, why_not=cut_off) for _ in published[2:])
+        if cut_off
+        else _figures(
             metrics.published_rates(published), None, "no step reached this position", of_rates
         ),
         published_al_step=Figure(float(published @ np.arange(len(published))) / n_published)
-        if n_published
-        else Figure(None, why_not="no steps"),
+        if n_published and not cut_off
+        else Figure(None, why_not=cut_off or "no steps"),
     )
 
 
@@ -470,6 +478,13 @@ def _engine_length(manifests: Sequence[Mapping[str, Any]]) -> Figure:
     if drafts == 0:
         return Figure(None, why_not="the engine counted no draft")
     return Figure(1 + accepted / drafts, why_not="the counters are totals of the run")
+
+
+def why_no_time(manifest: Mapping[str, Any], key: str) -> str:
+    """Why a run has none of a time, of those in `Summary.timing`."""
+    if key == "step_time_s" and manifest["config"].get("url"):
+        return "times between a server's chunks are no step times"
+    return "no request has two steps" if key in ("step_time_s", "user_tps") else "no request ended"
 
 
 OPEN_LOOP = "in an open loop arrivals set it, and not the engine"
