@@ -257,10 +257,7 @@ def acceptance(columns: Columns, draft_length: int, cut_short: Bools | None = No
         n_events=int(n_events.sum()),
         is_whole=columns.told is None or columns.told.is_whole,
         as_published=_added(
-            np.bincount(
-                columns.n_tokens[single | (keep & told.is_shown)], minlength=draft_length + 2
-            ),
-            told.as_published,
+            np.bincount(columns.n_tokens[single], minlength=draft_length + 2), told.as_published
         ),
         n_cut_unknown=told.n_cut_unknown,
     )
@@ -278,16 +275,14 @@ class _ToldCounts:
 
     whole, whole_verify  (C', K+2) decode steps and verifications by length
     n_events      (C',) steps, the prefills included
-    is_shown      (S,) of those, the events that are one step each: they look as they look
-    as_published  (K+2,) the others by length, of requests whose end cut none of them
-    n_cut_unknown  requests of the others whose end did
+    as_published  (K+2,) the same by length, of requests whose end cut none of them
+    n_cut_unknown  the other requests
     """
 
     of_step: Bools
     whole: Ints
     whole_verify: Ints
     n_events: Ints
-    is_shown: Bools
     as_published: Ints
     n_cut_unknown: int
 
@@ -298,7 +293,6 @@ def _told_counts(columns: Columns, measured: Bools, code: Ints, draft_length: in
     plain = np.zeros(n, np.int64)
     prefills = np.zeros(n, np.int64)
     of_step = np.zeros(len(columns.step), bool)
-    merged = np.bincount(columns.request, columns.engine_steps != 1, columns.n_requests) > 0
     published, n_cut_unknown = np.zeros(width, np.int64), 0
     told = columns.told
     if told is not None and told.lengths.shape[1] <= width:  # else K is not what it says
@@ -311,12 +305,11 @@ def _told_counts(columns: Columns, measured: Bools, code: Ints, draft_length: in
         np.add.at(prefills, group, 1)
         of_step = np.isin(columns.request, told.request[keep])
         n_tokens = np.bincount(columns.request, columns.n_tokens, columns.n_requests)
-        n_plain, request = told.n_plain[keep], told.request[keep]
-        uncut = (1 + lengths @ np.arange(width) + n_plain == n_tokens[request]) & told.is_whole
-        known = merged[request] & uncut
-        published = lengths[known].sum(axis=0)
-        published[1] += n_plain[known].sum() + known.sum()
-        n_cut_unknown = int((merged[request] & ~uncut).sum())
+        n_plain, shown = told.n_plain[keep], n_tokens[told.request[keep]]
+        uncut = (1 + lengths @ np.arange(width) + n_plain == shown) & told.is_whole
+        published = lengths[uncut].sum(axis=0)
+        published[1] += n_plain[uncut].sum() + uncut.sum()
+        n_cut_unknown = int((~uncut).sum())
     whole = whole_verify.copy()
     whole[:, 1] += plain
     return _ToldCounts(
@@ -324,7 +317,6 @@ def _told_counts(columns: Columns, measured: Bools, code: Ints, draft_length: in
         whole,
         whole_verify,
         whole.sum(axis=1) + prefills,
-        of_step & ~merged[columns.request],
         published,
         n_cut_unknown,
     )
