@@ -64,7 +64,6 @@ LONG = 16384
 WARM_STEPS = 2 * store.PART_STEPS
 """After two parts were written, everything has been made once."""
 PROMPT = tuple(range(3, 35))
-cli_measure.LOG_S = cli_measure.TERMINAL_S
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -298,6 +297,8 @@ def measure_ours(case: Case, directory: Path) -> Outcome:
     watchdog = Watchdog(
         loop, 600, stacks=directory / "stalls", stop=stop, abandon=lambda dog: sys.exit(dog.fault)
     )
+    if case.told:  # this process does nothing else
+        cli_measure.LOG_S = cli_measure.TERMINAL_S
     progress = Progress(len(rows), started_s=time.monotonic(), loop=loop)
     with cli_measure.showing(progress, directory, case.told), watchdog:
         end = loop.run(rows)

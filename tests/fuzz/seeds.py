@@ -358,7 +358,8 @@ def _events(*events: Mapping[str, Any]) -> bytes:
 STREAM = (
     _events(
         {"id": "x", "choices": [{"index": 0, "text": "a", "token_ids": [5],
-                                 "prompt_token_ids": [1, 2, 3], "finish_reason": None}]},
+                                 "prompt_token_ids": [1, 2, 3], "finish_reason": None}],
+         "usage": {"prompt_tokens": 3, "completion_tokens": 1}},
         {"id": "x", "choices": [{"index": 0, "text": "bc", "token_ids": [6, 7],
                                  "finish_reason": None}],
          "usage": {"prompt_tokens": 3, "completion_tokens": 3}},
