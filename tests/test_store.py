@@ -365,40 +365,36 @@ def test_experts_without_turns_do_not_count(tmp_path: Path) -> None:
     assert store.load(directory).damage == ()  # acceptance does not need them
 
 
-def test_a_failed_write_is_salvaged_with_its_experts(tmp_path: Path) -> None:
-    directory = tmp_path / "r"
+def salvaged(directory: Path, *records: ConversationRecord) -> int:
+    """Experts' rows that a part had written when its steps could not be; the writer is closed once
+    they can, and has lost nothing."""
     store.create(directory)
     store.write_manifest(directory, manifest())
     writer = store.Writer(directory, 0, interval_s=60)
     blocker = directory / "steps" / ".00000.parquet.tmp"
     blocker.mkdir()
-    writer.commit(with_experts("e", 1))
+    for record in records:
+        writer.commit(record)
     writer._closing.set()
     writer._thread.join()  # it has failed
+    n_rows = pq.read_table(directory / "experts" / "00000.parquet").num_rows
     blocker.rmdir()
     with pytest.raises(UserError, match="0 finished conversation"):
         writer.close()
-    assert list(store.load_experts(directory)) == ["s0-e.0"]
-    assert store.committed(directory) == {"e": True}
+    return int(n_rows)
+
+
+def test_a_failed_write_is_salvaged_with_its_experts(tmp_path: Path) -> None:
+    assert salvaged(tmp_path / "r", with_experts("e", 1)) == 1
+    assert list(store.load_experts(tmp_path / "r")) == ["s0-e.0"]
+    assert store.committed(tmp_path / "r") == {"e": True}
 
 
 def test_salvaging_counts_nothing_twice(tmp_path: Path) -> None:
     """What a failed part wrote before it failed is of other conversations than the salvaged part of
     the same number."""
     directory = tmp_path / "r"
-    store.create(directory)
-    store.write_manifest(directory, manifest())
-    writer = store.Writer(directory, 0, interval_s=60)
-    blocker = directory / "steps" / ".00000.parquet.tmp"
-    blocker.mkdir()
-    writer.commit(conversation("plain", "cat", [1, 2]))
-    writer.commit(with_experts("e", 1))
-    writer._closing.set()
-    writer._thread.join()  # it has failed, with both conversations' experts written
-    assert pq.read_table(directory / "experts" / "00000.parquet").num_rows == 1
-    blocker.rmdir()
-    with pytest.raises(UserError, match="0 finished conversation"):
-        writer.close()
+    assert salvaged(directory, conversation("plain", "cat", [1, 2]), with_experts("e", 1)) == 1
     parts = [pq.read_table(path) for path in (directory / "experts").glob("*.parquet")]
     assert [name for part in parts for name in part["request_id"].to_pylist()] == ["s0-e.0"]
     assert store.committed(directory) == {"plain": True, "e": True}
