@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -69,6 +70,19 @@ class Signals:
             raise SystemExit(128 + number)  # not KeyboardInterrupt: vLLM swallows that one
         self._say("stopping; once more ends it at once")
 
+    def dropped(self, what: sys.UnraisableHookArgs) -> bool:
+        """Python drops what is raised in a destructor or a weak reference's callback. If that was
+        how a signal ends the process, it is raised again when the callback is over."""
+        ours = self.received is not None and isinstance(what.exc_value, SystemExit)
+        if not ours or threading.current_thread() is not threading.main_thread():
+            return False
+        signal.signal(signal.SIGALRM, self._end)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        return True
+
+    def _end(self, _number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + (self.received or 0))
+
     def _say(self, text: str) -> None:
         if self._loud:
             print(f"\nspeedbench: {text}", file=sys.stderr)
@@ -105,9 +119,12 @@ def signals_handled(loud: bool = True) -> Iterator[Signals]:
     signals = Signals(loud)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {n: signal.signal(n, signals.handle) for n in numbers}
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda what: None if signals.dropped(what) else hook(what)
     try:
         yield signals
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -333,3 +334,27 @@ def test_a_configuration_survives_json() -> None:
     assert config.max_duration == 1800
     assert from_dict(json.loads(json.dumps(config.model_dump(mode="json")))) == config
     assert RunConfig.model_fields.keys() == config.model_dump().keys()
+
+
+SWALLOWED = """
+import signal, time
+from speedbench.cli_base import signals_handled
+
+class Dropped:
+    def __del__(self):
+        signal.raise_signal({number})
+
+with signals_handled():
+    Dropped()
+    time.sleep(60)
+    print("went on")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_destructor_ends_it_all_the_same(number: signal.Signals) -> None:
+    """Python drops what is raised there, the end of the process with it."""
+    done = subprocess.run([sys.executable, "-c", SWALLOWED.format(number=int(number))], cwd=ROOT,
+                          capture_output=True, text=True, timeout=30, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr.split("\n") == ["", f"speedbench: ended by {number.name}", ""]
