@@ -12,9 +12,10 @@ import contextlib
 import dataclasses
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar, cast, get_args
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast, get_args
 
 from engines.checkpoint import checkpoint_config, refuse_other_vocabulary
 from engines.overheard import Overheard
@@ -134,6 +135,42 @@ class _Live:
     told: list[tuple[int, int]] = field(default_factory=list)
     experts: list[Any] = field(default_factory=list)
 
+    def keep_experts(self, output: Any) -> None:
+        if getattr(output, "routed_experts", None) is not None:
+            self.experts.append(output.routed_experts)
+
+
+class _Drafted(dict[int, tuple[int, int]]):
+    """Tokens of a step that was drafted K -> (accepted, drafted). Each pair is made once: one is
+    kept for every step of every request in flight."""
+
+    def __init__(self, draft_length: int) -> None:
+        super().__init__()
+        self._draft_length = draft_length
+
+    def __missing__(self, n_tokens: int) -> tuple[int, int]:
+        pair = self[n_tokens] = (n_tokens - 1, self._draft_length)
+        return pair
+
+
+class _Told(NamedTuple):
+    """What the totals of one engine step tell of its requests, as (accepted, drafted).
+
+    first   of a request's first step
+    going   of a decode step of so many tokens, after which the request goes on
+    ending  of a decode step that ends its request, and may show fewer tokens than it accepted
+    """
+
+    first: tuple[int, int]
+    going: Mapping[int, tuple[int, int]]
+    ending: tuple[int, int]
+
+
+_PLAIN, _UNTOLD = (0, 0), (UNKNOWN, UNKNOWN)
+NOT_DRAFTED = _Told(_PLAIN, defaultdict(lambda: _PLAIN), _PLAIN)
+NOTHING_TOLD = _Told(_UNTOLD, defaultdict(lambda: _UNTOLD), _UNTOLD)
+FIRST_TOLD = _Told(_PLAIN, defaultdict(lambda: _UNTOLD), _UNTOLD)
+
 
 SEEN = "vLLM 0.32.0 on x86-64 CPUs"
 
@@ -208,12 +245,14 @@ class VllmEngine:
         self._settings = settings
         self._events: list[Step] = []
         self._live: dict[str, _Live] = {}
+        self._known: dict[str, _Live] = {}  # by vLLM's name of the request
         self._death: str | None = None
         self._closed = False
         self._totals: dict[str, list[int]] = {"counts": [0, 0, 0], "per_position": []}
         self.version = str(vllm.__version__)
 
         self._k = 0 if settings.algorithm == "NONE" else settings.draft_length
+        self._drafted = _Drafted(self._k)
         arguments, self._unused = engine_arguments(
             settings, _interface(self.version, AsyncEngineArgs)
         )
@@ -277,80 +316,89 @@ class VllmEngine:
         self._arrived.set()
 
     def _take(self, message: Any, states: Mapping[str, Any]) -> None:
-        """One message = one engine step: at most one Step for each request in it."""
-        time_ns = round(message.timestamp * 1e9)
-        taken: list[tuple[_Live, Any]] = []
+        """One message = one engine step: at most one Step for each request in it. What is here runs
+        for each of them, in the thread that also submits."""
+        time_ns, known, n_decoding = round(message.timestamp * 1e9), self._known, 0
+        going: list[tuple[_Live, Any]] = []
+        ending: list[tuple[_Live, Any]] = []
         for output in message.outputs:
-            state = states.get(output.request_id)
-            external = getattr(state, "external_req_id", None) or output.request_id
-            live = self._live.get(external)
-            if live is not None:
-                taken.append((live, output))
-        told = self._tell(taken, message.scheduler_stats)
-        for (live, output), pair in zip(taken, told, strict=True):
+            live = known.get(output.request_id) or self._meet(output.request_id, states)
+            if live is None:
+                continue
+            if live.n_tokens:
+                n_decoding += 1
+            (going if output.finish_reason is None else ending).append((live, output))
+        told = self._tell(going, ending, n_decoding, message.scheduler_stats)
+        events, with_experts = self._events, self._settings.capture_experts
+        for live, output in going:
+            token_ids = output.new_token_ids
+            live.told.append(told.going[len(token_ids)] if live.n_tokens else told.first)
+            live.n_tokens.append(len(token_ids))
+            if with_experts:
+                live.keep_experts(output)
+            events.append(Step(live.request_id, time_ns, token_ids))
+        for live, output in ending:
+            live.told.append(told.ending if live.n_tokens else told.first)
             live.n_tokens.append(len(output.new_token_ids))
-            live.told.append(pair)
-            if getattr(output, "routed_experts", None) is not None:
-                live.experts.append(output.routed_experts)
-            reason, error = _finish(output)
-            detail, experts = None, None
-            if reason is not None:
-                del self._live[live.request_id]
-                detail = self._detail(live, output)
-                experts = routed_experts(live.experts)
-            self._events.append(
-                Step(
-                    live.request_id,
-                    time_ns,
-                    output.new_token_ids,
-                    finish_reason=reason,
-                    error=error,
-                    detail=detail,
-                    routed_experts=experts,
-                )
-            )
-        if self._events:
+            events.append(self._ended(live, output, time_ns))
+        if events:
             self._arrived.set()
 
-    def _tell(self, taken: Sequence[tuple[_Live, Any]], stats: Any) -> list[tuple[int, int]]:
-        """(accepted, drafted) of each request in this engine step, from the step's totals.
+    def _meet(self, name: str, states: Mapping[str, Any]) -> _Live | None:
+        """The request that vLLM calls so: in most versions, its own name with something appended.
+        None if it is not in flight."""
+        live = self._live.get(getattr(states.get(name), "external_req_id", None) or name)
+        if live is not None:
+            self._known[name] = live
+        return live
+
+    def _ended(self, live: _Live, output: Any, time_ns: int) -> Step:
+        live.keep_experts(output)
+        del self._live[live.request_id], self._known[output.request_id]
+        reason, error = _finish(output)
+        return Step(
+            live.request_id,
+            time_ns,
+            output.new_token_ids,
+            finish_reason=reason,
+            error=error,
+            detail=self._detail(live, output),
+            routed_experts=routed_experts(live.experts),
+        )
+
+    def _tell(
+        self,
+        going: Sequence[tuple[_Live, Any]],
+        ending: Sequence[tuple[_Live, Any]],
+        n_decoding: int,
+        stats: Any,
+    ) -> _Told:
+        """What an engine step's totals tell of each request in it.
 
         The totals count drafts over the batch. Where they equal the number of decoding requests,
         each was drafted; where they are zero, none was; otherwise nobody is told apart here.
         The one request that ends in a step gets the accepted tokens the others leave over.
         """
         spec = getattr(stats, "spec_decoding_stats", None)
-        decoding = [bool(live.n_tokens) for live, _ in taken]
         if spec is not None:
             self._add(spec)
         if self._k == 0 or (stats is not None and (spec is None or spec.num_drafts == 0)):
-            return [(0, 0)] * len(taken)
-        if self._settings.prefix_cache and not all(decoding):
+            return NOT_DRAFTED
+        if self._settings.prefix_cache and n_decoding < len(going) + len(ending):
             # A first step may hold a padded draft and stand in for a plain one in the totals.
-            return [(UNKNOWN, UNKNOWN)] * len(taken)
-        nothing = [(UNKNOWN, UNKNOWN) if drafted else (0, 0) for drafted in decoding]
-        if spec is None or spec.num_drafts != sum(decoding):
-            return [(UNKNOWN, UNKNOWN)] * len(taken) if spec is not None else nothing
+            return NOTHING_TOLD
+        if spec is None:
+            return FIRST_TOLD
+        if spec.num_drafts != n_decoding:
+            return NOTHING_TOLD
         if spec.num_draft_tokens != self._k * spec.num_drafts:
-            return nothing
-        told = []
-        ending = sum(
-            d and o.finish_reason is not None for d, (_, o) in zip(decoding, taken, strict=True)
-        )
-        others = sum(
-            len(o.new_token_ids) - 1
-            for d, (_, o) in zip(decoding, taken, strict=True)
-            if d and o.finish_reason is None
-        )
-        for drafted, (_, output) in zip(decoding, taken, strict=True):
-            if not drafted:
-                told.append((0, 0))
-            elif output.finish_reason is None:
-                told.append((len(output.new_token_ids) - 1, self._k))
-            else:
-                left = spec.num_accepted_tokens - others
-                told.append((left if ending == 1 else UNKNOWN, self._k))
-        return told
+            return FIRST_TOLD
+        n_accepted = UNKNOWN
+        if sum(bool(live.n_tokens) for live, _ in ending) == 1:
+            n_accepted = spec.num_accepted_tokens - sum(
+                len(output.new_token_ids) - 1 for live, output in going if live.n_tokens
+            )
+        return _Told((0, 0), self._drafted, (n_accepted, self._k))
 
     def _add(self, spec: Any) -> None:
         per_position = list(spec.num_accepted_tokens_per_pos)

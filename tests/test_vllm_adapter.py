@@ -30,6 +30,7 @@ from engines.vllm import (
     Interface,
     VllmEngine,
     _bounded_memory_on_cpu,
+    _Drafted,
     _Live,
     align,
     engine_arguments,
@@ -313,11 +314,14 @@ def output(request_id: str, token_ids: list[int], **more: Any) -> Any:
                            finish_reason=more.pop("finish_reason", None), **more)  # fmt: skip
 
 
-def listening(algorithm: Algorithm = "NONE", draft_length: int = 3) -> Any:
+def listening(algorithm: Algorithm = "NONE", draft_length: int = 3, **more: Any) -> Any:
     """An adapter with one request "a" in flight and no vLLM behind it."""
     engine: Any = VllmEngine.__new__(VllmEngine)
-    engine._settings = EngineSettings("target", algorithm=algorithm, draft_length=draft_length)
+    engine._settings = EngineSettings(
+        "target", algorithm=algorithm, draft_length=draft_length, **more
+    )
     engine._k = 0 if algorithm == "NONE" else draft_length
+    engine._drafted, engine._known = _Drafted(engine._k), {}
     engine._events, engine._death = [], None
     engine._arrived = SimpleNamespace(set=lambda: None)
     engine._totals = {"counts": [0, 0, 0], "per_position": []}
@@ -339,7 +343,7 @@ def test_routed_experts_come_with_the_last_step(whole: bool) -> None:
     # A prompt of 3 tokens and 4 of output: 6 were run through 2 layers of top-2 routing.
     rows = np.arange(6 * 2 * 2).reshape(6, 2, 2) % 7
     chunks = [None, None, rows] if whole else [rows[:3], rows[3:5], rows[5:]]
-    engine = listening()
+    engine = listening(capture_experts=True)
     messages = [([5], None), ([6, 7], None), ([8], "length")]
     steps = [
         take(engine, [output("a-0f0f0f0f", ids, finish_reason=reason, routed_experts=chunk)])[0]
@@ -360,6 +364,65 @@ def test_messages_without_experts_make_none() -> None:
 def test_what_a_request_ended_with_is_never_taken_for_an_answer() -> None:
     steps = take(listening(), [output("a-0f0f0f0f", [], finish_reason="abort")])
     assert (steps[0].finish_reason, steps[0].error) == ("error", "vLLM ended the request: abort")
+
+
+@given(seed=st.integers(0, 2**32), k=st.integers(1, 5), share=st.sampled_from([0.0, 0.5, 1.0]),
+       padded=st.booleans())  # fmt: skip
+def test_step_totals_tell_what_was_drafted_or_nothing(
+    seed: int, k: int, share: float, padded: bool
+) -> None:
+    """A batch whose truth is known: of each step, what is told is that, or UNKNOWN; and where all
+    were drafted and at most one request ended, all of it is told.
+
+    share   of the decode steps are plain
+    padded  a first step may hold a draft that nobody made (vLLM's, after a prefix-cache hit)
+    """
+    rng = random.Random(seed)
+    engine = listening("DRAFT_TARGET", k, prefix_cache=padded)
+    names = [f"r{i}" for i in range(5)]
+    engine._live = {name: _Live(name) for name in names}
+    lives, states = (
+        dict(engine._live),
+        {f"{n}-0f": SimpleNamespace(external_req_id=n) for n in names},
+    )
+    truth: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
+    whole: dict[str, list[bool]] = {name: [] for name in names}
+    drafts_seen = accepted_seen = 0
+    while engine._live:
+        batch, outputs, drafts, accepted, ended = [], [], 0, 0, 0
+        for name in [n for n in engine._live if rng.random() < 0.8]:
+            first, last = not truth[name], rng.random() < 0.2
+            drafted = (
+                rng.random() < 0.3 if first and padded else not first and rng.random() >= share
+            )
+            n = rng.randint(0, k) if drafted and not first else 0
+            truth[name].append((n, k if drafted else 0))
+            drafts, accepted, ended = drafts + drafted, accepted + n, ended + (last and not first)
+            shown = rng.randint(1, n + 1) if last else n + 1
+            outputs.append(
+                output(f"{name}-0f", [7] * shown, finish_reason="length" if last else None)
+            )
+            batch.append((name, first, drafted))
+        spec = SimpleNamespace(
+            num_drafts=drafts, num_draft_tokens=k * drafts, num_accepted_tokens=accepted,
+            num_accepted_tokens_per_pos=[0] * k,
+        )  # fmt: skip
+        stats = SimpleNamespace(spec_decoding_stats=spec if drafts else None)
+        message = SimpleNamespace(timestamp=1.0, outputs=outputs, scheduler_stats=stats)
+        engine._take(message, states)
+        drafts_seen, accepted_seen = drafts_seen + drafts, accepted_seen + accepted
+        plain = all(drafted is not first for _, first, drafted in batch)
+        is_known = plain and ended < 2 and not (padded and any(first for _, first, _ in batch))
+        for name, _, _ in batch:
+            whole[name].append(is_known)
+    counters = engine.counters()
+    assert (counters.drafts, counters.accepted) == (drafts_seen, accepted_seen)
+    assert {step.request_id for step in engine._events if step.finish_reason} == set(names)
+    for name, live in lives.items():
+        assert len(live.told) == len(truth[name])
+        for told, true, known in zip(live.told, truth[name], whole[name], strict=True):
+            assert all(a in (UNKNOWN, b) for a, b in zip(told, true, strict=True))
+            assert told == true or not known
 
 
 class FakeCore:
@@ -399,7 +462,11 @@ def connected(core: FakeCore) -> Any:
 @pytest.mark.parametrize(
     ("output_", "end", "words"),
     [
-        (SimpleNamespace(request_id="a-0f0f0f0f"), None, ["0.32.0", "new_token_ids"]),
+        (
+            SimpleNamespace(request_id="a-0f0f0f0f", finish_reason=None),
+            None,
+            ["0.32.0", "new_token_ids"],
+        ),
         (None, RuntimeError("CUDA error"), ["engine core ended", "CUDA error"]),
     ],
     ids=["a message of another shape", "a core that ends"],
