@@ -2,7 +2,7 @@
 from a process of its own, or as fast as it is polled. Made to measure what a harness costs.
 
 Its tokens mean nothing. What it says of time is true: `Paced` stamps every step with the monotonic
-clock in its own process and keeps those stamps beside the steps it hands over.
+clock in its own process, as it hands it over, and keeps those stamps beside the steps.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from itertools import accumulate, repeat
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-from speedbench.types import EngineCounters, EngineDiedError, EngineInfo, Request, Step
+from speedbench.types import UNKNOWN, EngineCounters, EngineDiedError, EngineInfo, Request, Step
 
 HEAD = struct.Struct("<qiii")
 """Of a message: the engine's stamp (ns), requests in it, first steps among them, tokens."""
+
+STAMP = struct.Struct("<q")
+"""The first field of HEAD, filled in when the message is handed over."""
 
 N_LENGTHS = 1 << 16
 """Step lengths drawn beforehand, used in turn."""
@@ -89,8 +92,8 @@ class Requests:
         self._fresh = np.append(self._fresh, np.full(len(arrivals), True))
         self._arrived_ns = np.append(self._arrived_ns, np.array(arrived_ns, np.int64))
 
-    def step(self, stamp_ns: int) -> bytes:
-        """The message of one step."""
+    def step(self) -> bytearray:
+        """The message of one step, not stamped yet."""
         np, n = self._np, len(self._number)
         if self._at + n > N_LENGTHS:
             self._at = 0
@@ -101,9 +104,9 @@ class Requests:
         self._left -= lengths
         ended = self._left == 0
         n_tokens = int(lengths.sum())
-        message = b"".join(
+        message = bytearray().join(
             (
-                HEAD.pack(stamp_ns, n, int(self._fresh.sum()), n_tokens),
+                HEAD.pack(UNKNOWN, n, int(self._fresh.sum()), n_tokens),
                 self._arrived_ns[self._fresh].tobytes(),
                 self._number.tobytes(),
                 lengths.tobytes(),
@@ -284,7 +287,7 @@ def _core(pipe: Connection, pace: Pace) -> None:
     """The engine's process: one thread takes requests in, one sends, and this one steps."""
     requests = Requests(pace)
     arrivals: deque[tuple[int, int, int]] = deque()
-    outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    outgoing: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
     left = threading.Event()
 
     def take_in() -> None:
@@ -298,11 +301,13 @@ def _core(pipe: Connection, pace: Pace) -> None:
     def send() -> None:
         try:
             while True:
-                pipe.send_bytes(outgoing.get())
+                message = outgoing.get()
+                STAMP.pack_into(message, 0, time.monotonic_ns())
+                pipe.send_bytes(message)
         except OSError:
             left.set()
 
-    outgoing.put(b"ready")
+    pipe.send_bytes(b"ready")
     for work in (take_in, send):
         threading.Thread(target=work, daemon=True).start()
     next_ns = time.monotonic_ns()
@@ -316,4 +321,4 @@ def _core(pipe: Connection, pace: Pace) -> None:
         if ready:
             requests.add(ready)
         if len(requests):
-            outgoing.put(requests.step(now_ns))
+            outgoing.put(requests.step())

@@ -168,10 +168,10 @@ def test_drafts_are_kept_with_the_probability_that_is_stated() -> None:
     """30,000 decode steps: the mean is within 4 of its standard errors of the closed form."""
     requests = Requests(Pace(3))
     requests.add([(i, 10**6, 0) for i in range(1000)])
-    requests.step(0)
+    requests.step()
     counts = []
     for _ in range(30):
-        message = requests.step(0)
+        message = requests.step()
         _, n, _, _ = HEAD.unpack_from(message)
         counts += np.frombuffer(message, np.int32, n, HEAD.size + 4 * n).tolist()
     error = np.std(counts) / len(counts) ** 0.5
