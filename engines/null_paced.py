@@ -18,14 +18,21 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, repeat
+from itertools import repeat
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-from speedbench.types import UNKNOWN, EngineCounters, EngineDiedError, EngineInfo, Request, Step
+from speedbench.types import (
+    UNKNOWN,
+    EngineCounters,
+    EngineDiedError,
+    EngineInfo,
+    Request,
+    Step,
+)
 
-HEAD = struct.Struct("<qiii")
-"""Of a message: the engine's stamp (ns), requests in it, first steps among them, tokens."""
+HEAD = struct.Struct("<qii")
+"""Of a message: the engine's stamp (ns), requests in it, first steps among them."""
 
 STAMP = struct.Struct("<q")
 """The first field of HEAD, filled in when the message is handed over."""
@@ -103,15 +110,13 @@ class Requests:
         np.minimum(lengths, self._left, out=lengths)
         self._left -= lengths
         ended = self._left == 0
-        n_tokens = int(lengths.sum())
         message = bytearray().join(
             (
-                HEAD.pack(UNKNOWN, n, int(self._fresh.sum()), n_tokens),
+                HEAD.pack(UNKNOWN, n, int(self._fresh.sum())),
                 self._arrived_ns[self._fresh].tobytes(),
                 self._number.tobytes(),
                 lengths.tobytes(),
                 ended.astype(np.int32).tobytes(),
-                np.arange(n_tokens, dtype=np.int32).tobytes(),
             )
         )
         going_on = ~ended
@@ -132,6 +137,7 @@ class _Null:
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
         self._names: dict[int, str] = {}
+        self._tokens = [[7] * n for n in range(pace.draft_length + 2)]  # of a step of n tokens
         self._n_submitted = 0
         self.engine_ns = array("q")
         self.seen_ns = array("q")
@@ -149,7 +155,7 @@ class _Null:
         return number
 
     def _steps(self, message: bytes, seen_ns: int, into: list[Step]) -> None:
-        engine_ns, n, n_fresh, _ = HEAD.unpack_from(message)
+        engine_ns, n, n_fresh = HEAD.unpack_from(message)
         self.engine_ns.append(engine_ns)
         self.seen_ns.append(seen_ns)
         stamp_ns = engine_ns if self._pace.stamps == "engine" else seen_ns
@@ -159,21 +165,19 @@ class _Null:
         numbers, lengths, ended = (
             view[4 * n * i : 4 * n * (i + 1)].cast("i").tolist() for i in range(3)
         )
-        tokens = view[12 * n :].cast("i").tolist()
         names = self._names
         if arrived:  # requests enter at the end
             for number, arrived_ns in zip(numbers[-n_fresh:], arrived, strict=True):
                 self.arrived_ns[names[number]] = arrived_ns
-        ends = list(accumulate(lengths))
         # As a tuple from columns: a fifth of what a call of Step takes for each.
         columns = (
             map(names.__getitem__, numbers),
             repeat(stamp_ns),
-            [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)],
+            map(self._tokens.__getitem__, lengths),
             repeat(1),
             repeat(None),
             repeat(None),
-            ["length" if end else None for end in ended],
+            map((None, "length").__getitem__, ended),
             *[repeat(None)] * (len(Step._fields) - 7),
         )
         into.extend(map(partial(tuple.__new__, Step), zip(*columns, strict=False)))
@@ -213,7 +217,7 @@ class Unpaced(_Null):
         self._fresh[request.request_id] = request.max_tokens
 
     def poll(self) -> Sequence[Step]:
-        now_ns, live, lengths = time.monotonic_ns(), self._live, self._lengths
+        now_ns, live, lengths, tokens = time.monotonic_ns(), self._live, self._lengths, self._tokens
         if self._at + len(live) > N_LENGTHS:
             self._at = 0
         steps, ended, at, new = [], [], self._at, tuple.__new__
@@ -223,11 +227,11 @@ class Unpaced(_Null):
             at += 1
             if length < left:
                 live[name] = left - length
-                step = (name, now_ns, [7] * length, 1, None, None, None, *nothing)
+                step = (name, now_ns, tokens[length], 1, None, None, None, *nothing)
                 steps.append(new(Step, step))
             else:
                 ended.append(name)
-                steps.append(Step(name, now_ns, [7] * left, finish_reason="length"))
+                steps.append(Step(name, now_ns, tokens[left], finish_reason="length"))
         self._at = at
         for name in ended:
             del live[name]
@@ -235,7 +239,9 @@ class Unpaced(_Null):
             for name, left in self._fresh.items():
                 if left > 1:
                     live[name] = left - 1
-                steps.append(Step(name, now_ns, [7], finish_reason=None if left > 1 else "length"))
+                steps.append(
+                    Step(name, now_ns, tokens[1], finish_reason=None if left > 1 else "length")
+                )
             self._fresh = {}
         return steps
 

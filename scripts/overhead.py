@@ -293,6 +293,7 @@ def measure_ours(case: Case, directory: Path) -> Outcome:
         id_prefix="s0-",
         commit=writer.commit,
         stop=first_of(stop, lambda: watchdog.fault or None),
+        idle=writer.give_turn,
     )
     watchdog = Watchdog(
         loop, 600, stacks=directory / "stalls", stop=stop, abandon=lambda dog: sys.exit(dog.fault)

@@ -91,7 +91,8 @@ class Loop:
 
     `stop` is asked after every poll and returns why to stop, or None. `n_tokens` and `n_done`
     grow while it runs, for a progress display. `clock` (ns) stamps submissions; it must be the
-    clock that the engine's steps are stamped with.
+    clock that the engine's steps are stamped with. `idle` is called before the engine is waited
+    for: what must not happen while steps are taken has its time then.
 
     arrivals  ns after the start at which each row is due, rising: an open loop, whose rows are
               submitted as of then, however late they can be sent. None: as soon as there is room
@@ -110,6 +111,7 @@ class Loop:
         stop: Callable[[], str | None],
         clock: Callable[[], int] = time.monotonic_ns,
         arrivals: Sequence[int] | None = None,
+        idle: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._prompt_for = prompt_for
@@ -120,6 +122,7 @@ class Loop:
         self._commit = commit
         self._stop = stop
         self._clock = clock
+        self._idle = idle
         self._flights: dict[str, _Flight] = {}
         self._ready: deque[_Flight] = deque()
         self._arrivals = arrivals
@@ -144,6 +147,7 @@ class Loop:
         try:
             self._fill(queue)
             while self._flights or self._next is not None:
+                self._idle()
                 self._take(self._poll())
                 while self._ready:
                     self._ask(self._ready.popleft())

@@ -153,6 +153,7 @@ class Share:
             stop=first_of(stop, lambda: watchdog.fault or None),
             clock=self.clock,
             arrivals=self.arrivals,
+            idle=writer.give_turn,
         )
         going.loop, going.writer, going.met_ns = loop, writer, met_ns
         if progress is not None:

@@ -354,21 +354,28 @@ interpreter from the loop each time."""
 BACKLOG = 10_000
 """Conversations that wait to be looked at: with more of them the writer rests no more."""
 
-REST = 4.0
-"""After making a table the writer rests for so many times what that took: where two threads want
-the interpreter each has half of it, and at 400,000 steps a second the loop needs more."""
+AT_ONCE_STEPS = 8_192
+"""Steps made into a table at once, which takes about a millisecond of the interpreter: what arrives
+meanwhile would be stamped late."""
 
-AT_ONCE_STEPS = 16_384
-"""Steps made into a table at once: each of the calls this takes holds the interpreter, and with it
-the loop, for a tenth of a millisecond."""
+TURN_STEPS = 32
+"""A turn takes the time of so many steps, beside its own."""
+
+REST = 4.0
+"""After that the writer rests for so many times what it took: where two threads want the
+interpreter each has half of it, and at 400,000 steps a second the loop needs more."""
+
+PATIENCE_S = 0.05
+"""So long it waits for the loop to have nothing to do."""
 
 
 class Writer:
     """Writes one replica's committed conversations in a thread of its own, as numbered parts.
 
-    `commit` returns at once. A part is written about once a second at first, more rarely as the
-    run grows long (at most a minute's worth is at stake), turns last: a conversation counts as
-    stored when its turns part has its final name.
+    `commit` returns at once. A part is written about once a second at first, more rarely as the run
+    grows long (at most a minute's worth is at stake), turns last: a conversation counts as stored
+    when its turns part has its final name. `give_turn` is called before the engine is waited for:
+    the writer needs the interpreter in such moments only.
     """
 
     def __init__(
@@ -381,6 +388,7 @@ class Writer:
         self._next_part = _last_part(directory, replica) + 1
         self._queue: queue.SimpleQueue[ConversationRecord] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._turn, self._wants_turn = threading.Event(), False
         self._failure: BaseException | None = None
         self._unwritten: list[ConversationRecord] = []
         self.n_spoilt = 0
@@ -396,9 +404,15 @@ class Writer:
     def commit(self, record: ConversationRecord) -> None:
         self._queue.put(record)
 
+    def give_turn(self) -> None:
+        if self._wants_turn:
+            self._wants_turn = False
+            self._turn.set()
+
     def close(self) -> None:
         """Write what is pending. Raises UserError if it could not all be written."""
         self._closing.set()
+        self._turn.set()
         try:
             self._thread.join()
         except BaseException:  # a second signal: what is measured is stored before the end
@@ -462,18 +476,24 @@ class Writer:
             self.n_spoilt += sum(a is not b for a, b in zip(records, sound, strict=True))
             self._write_part(sound)
 
-    def _rested(self, turns: Sequence[TurnRecord]) -> pa.Table:
+    def _in_turn(self, records: Sequence[ConversationRecord]) -> Mapping[str, pa.Table]:
+        """The tables of a few records, made when the loop has nothing to do."""
+        hurry = self._closing.is_set() or self._queue.qsize() >= BACKLOG
+        if not hurry:
+            self._turn.clear()
+            self._wants_turn = True
+            self._turn.wait(PATIENCE_S)
         began_s = time.thread_time()
-        table = _steps_table(turns, self._origin)
-        if self._queue.qsize() < BACKLOG:
+        tables = _tables(records, self._origin)
+        if not hurry:
             self._closing.wait(REST * (time.thread_time() - began_s))
-        return table
+        return tables
 
     def _write_part(self, records: Sequence[ConversationRecord]) -> None:
         name = f"{self._next_part:05d}{_suffix(self._origin.replica)}.parquet"
-        turns = [turn for record in records for turn in record.turns]
-        steps = pa.concat_tables([self._rested(some) for some in _in_small_numbers(turns)])
-        for folder, table in _tables(records, turns, steps, self._origin).items():
+        pieces = [self._in_turn(few) for few in _in_small_numbers(records)]
+        for folder in pieces[0]:
+            table = pa.concat_tables(piece[folder] for piece in pieces)
             if folder in OPTIONAL and not table.num_rows:
                 # Of an attempt at this part that failed, and held other conversations.
                 (self._directory / folder / name).unlink(missing_ok=True)
@@ -502,9 +522,8 @@ def _sound(record: ConversationRecord) -> ConversationRecord:
 
 
 def _sound_turn(turn: TurnRecord) -> TurnRecord:
-    origin = _Origin(0, 0)
     try:
-        _tables([ConversationRecord("", "", (turn,))], [turn], _steps_table([turn], origin), origin)
+        _tables([ConversationRecord("", "", (turn,))], _Origin(0, 0))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         told = (str(error).splitlines() or [type(error).__name__])[0]
         sentence = f"what the engine gave cannot be stored as numbers ({told})"
@@ -524,18 +543,14 @@ def _suffix(replica: int) -> str:
     return f"-r{replica}" if replica else ""
 
 
-def _tables(
-    records: Sequence[ConversationRecord],
-    turns: Sequence[TurnRecord],
-    steps: pa.Table,
-    origin: _Origin,
-) -> Mapping[str, pa.Table]:
-    """What each folder gets of a part, in the order in which it is written. Raises ValueError for
+def _tables(records: Sequence[ConversationRecord], origin: _Origin) -> Mapping[str, pa.Table]:
+    """What each folder gets of them, in the order in which it is written. Raises ValueError for
     what would not be read again, a whole part with it."""
+    turns = [turn for record in records for turn in record.turns]
     tables = {
         "experts": _experts_table(turns, origin),
         "served": _served_table(turns, origin),
-        "steps": steps,
+        "steps": _steps_table(turns, origin),
         "turns": _turns_table(records, turns, origin),
     }
     for folder, table in tables.items():
@@ -634,16 +649,19 @@ ROWS = np.dtype(
 """A row of `Steps`."""
 
 
-def _in_small_numbers(turns: Sequence[TurnRecord]) -> Iterator[Sequence[TurnRecord]]:
-    """The turns in order, in groups of about AT_ONCE_STEPS steps; one group at least."""
-    group: list[TurnRecord] = []
-    n_steps = 0
-    for turn in turns:
-        if group and n_steps + len(turn.steps) > AT_ONCE_STEPS:
+def _in_small_numbers(
+    records: Sequence[ConversationRecord],
+) -> Iterator[Sequence[ConversationRecord]]:
+    """The records in order, in groups of about AT_ONCE_STEPS steps; one group at least."""
+    group: list[ConversationRecord] = []
+    size = 0
+    for record in records:
+        own = sum(TURN_STEPS + len(turn.steps) for turn in record.turns)
+        if group and size + own > AT_ONCE_STEPS:
             yield group
-            group, n_steps = [], 0
-        group.append(turn)
-        n_steps += len(turn.steps)
+            group, size = [], 0
+        group.append(record)
+        size += own
     yield group
 
 

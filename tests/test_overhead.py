@@ -172,7 +172,7 @@ def test_drafts_are_kept_with_the_probability_that_is_stated() -> None:
     counts = []
     for _ in range(30):
         message = requests.step()
-        _, n, _, _ = HEAD.unpack_from(message)
+        _, n, _ = HEAD.unpack_from(message)
         counts += np.frombuffer(message, np.int32, n, HEAD.size + 4 * n).tolist()
     error = np.std(counts) / len(counts) ** 0.5
     assert np.mean(counts) == pytest.approx(overhead.tokens_per_step(3), abs=4 * error)

@@ -569,6 +569,55 @@ def test_a_table_made_in_pieces_is_the_table_made_at_once(
     for name, at_once in (("whole", 10**6), ("pieces", 4)):
         monkeypatch.setattr(store, "AT_ONCE_STEPS", at_once)
         stored(tmp_path / name, records)
-    whole, pieces = (pq.read_table(tmp_path / n / "steps") for n in ("whole", "pieces"))
-    assert whole.num_rows == sum(1 + i % 3 + i % 5 for i in range(20))
-    assert pieces.equals(whole)
+    for folder, n_rows in (("steps", sum(1 + i % 3 + i % 5 for i in range(20))), ("turns", 2 * 20)):
+        whole, pieces = (pq.read_table(tmp_path / n / folder) for n in ("whole", "pieces"))
+        assert whole.num_rows == n_rows
+        assert pieces.equals(whole)
+
+
+def test_the_writer_makes_its_tables_when_the_loop_has_nothing_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five tables, each in a turn of its own: at no time are there more of them than turns."""
+    n_tables = 0
+    make = store._tables
+
+    def counted(*given: Any) -> Any:
+        nonlocal n_tables
+        n_tables += 1
+        return make(*given)
+
+    monkeypatch.setattr(store, "_tables", counted)
+    monkeypatch.setattr(store, "PATIENCE_S", 3600)
+    monkeypatch.setattr(store, "AT_ONCE_STEPS", 1)
+    store.create(tmp_path / "r")
+    store.write_manifest(tmp_path / "r", manifest())
+    writer = store.Writer(tmp_path / "r", 0, interval_s=0)
+    for name in "abcde":
+        writer.commit(conversation(name, "cat", [1, 2]))
+    n_turns, deadline = 0, time.monotonic() + 60
+    while len(store.committed(tmp_path / "r")) < 5 and time.monotonic() < deadline:
+        assert n_tables <= n_turns
+        if writer._wants_turn:
+            n_turns += 1
+        writer.give_turn()
+        time.sleep(0.001)
+    assert (n_tables, n_turns) == (5, 5)
+    writer.close()
+
+
+def test_a_writer_that_is_given_no_turn_writes_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an engine whose steps take seconds, say."""
+    monkeypatch.setattr(store, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(store, "AT_ONCE_STEPS", 1)
+    store.create(tmp_path / "r")
+    store.write_manifest(tmp_path / "r", manifest())
+    writer = store.Writer(tmp_path / "r", 0, interval_s=0)
+    writer.commit(conversation("a", "cat", [1, 2]))
+    deadline = time.monotonic() + 60
+    while not store.committed(tmp_path / "r") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert set(store.committed(tmp_path / "r")) == {"a"}
+    writer.close()
