@@ -2,7 +2,8 @@
 from a process of its own, or as fast as it is polled. Made to measure what a harness costs.
 
 Its tokens mean nothing. What it says of time is true: `Paced` stamps every step with the monotonic
-clock in its own process, as it hands it over, and keeps those stamps beside the steps.
+clock in its own process, when it is made, and keeps those stamps beside the steps. The tokens of
+steps of one length are one list, and are not sent.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ HEAD = struct.Struct("<qii")
 """Of a message: the engine's stamp (ns), requests in it, first steps among them."""
 
 STAMP = struct.Struct("<q")
-"""The first field of HEAD, filled in when the message is handed over."""
+"""The first field of HEAD, filled in when the message is made."""
 
 N_LENGTHS = 1 << 16
 """Step lengths drawn beforehand, used in turn."""
@@ -307,9 +308,7 @@ def _core(pipe: Connection, pace: Pace) -> None:
     def send() -> None:
         try:
             while True:
-                message = outgoing.get()
-                STAMP.pack_into(message, 0, time.monotonic_ns())
-                pipe.send_bytes(message)
+                pipe.send_bytes(outgoing.get())
         except OSError:
             left.set()
 
@@ -327,4 +326,7 @@ def _core(pipe: Connection, pace: Pace) -> None:
         if ready:
             requests.add(ready)
         if len(requests):
-            outgoing.put(requests.step())
+            message = requests.step()
+            # The step is over when it is made: a reader that is late does not make it later.
+            STAMP.pack_into(message, 0, time.monotonic_ns())
+            outgoing.put(message)

@@ -354,7 +354,8 @@ class VllmEngine:
 
     def _ended(self, live: _Live, output: Any, time_ns: int) -> Step:
         live.keep_experts(output)
-        del self._live[live.request_id], self._known[output.request_id]
+        del self._known[output.request_id]
+        self._live.pop(live.request_id, None)
         reason, error = _finish(output)
         return Step(
             live.request_id,
@@ -432,7 +433,8 @@ class VllmEngine:
             if self._death is not None or type(error).__name__ == "EngineDeadError":
                 self._die(self._death or str(error))  # told by `poll`, after what arrived before
                 return
-            del self._live[request.request_id]
+            failed = self._live.pop(request.request_id)
+            self._known = {name: live for name, live in self._known.items() if live is not failed}
             self._events.append(
                 Step(
                     request.request_id,

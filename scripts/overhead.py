@@ -44,6 +44,7 @@ from speedbench.loop import Loop  # noqa: E402
 from speedbench.share import Progress, broken, deadline, first_of  # noqa: E402
 from speedbench.types import (  # noqa: E402
     Conversation,
+    Engine,
     Prompt,
     Request,
     Sampling,
@@ -273,14 +274,13 @@ def drained(case: Case) -> tuple[float, int]:
 # ---------------------------------------------------------------- this harness
 
 
-def measure_ours(case: Case, directory: Path) -> Outcome:
-    engine_s = [] if case.step_ms else [drained(case)[0]]
-    engine = Watched(Paced(case.pace) if case.step_ms else Unpaced(case.pace))
+def run_ours(engine: Engine, case: Case, directory: Path) -> tuple[float, float]:
+    """All rows of the case through the loop, the watchdog and the store, as in a run: CPU seconds
+    until everything is on disk, and CPU seconds per second while the loop ran."""
     prompt, rows = Prompt(PROMPT, "00"), case.rows()
     store.create(directory)
     store.write_manifest(directory, manifest(draft_length=case.draft_length, status="running"))
     gc.collect()
-    rss_before = rss_mib()
     began_s, cpu_s = time.monotonic(), time.process_time()
     writer = store.Writer(directory, 0)
     stop = first_of(deadline(3600), lambda: broken(writer), lambda: None)
@@ -303,16 +303,24 @@ def measure_ours(case: Case, directory: Path) -> Outcome:
     progress = Progress(len(rows), started_s=time.monotonic(), loop=loop)
     with cli_measure.showing(progress, directory, case.told), watchdog:
         end = loop.run(rows)
-    wall_s, loop_cpu_s = time.monotonic() - began_s, time.process_time() - cpu_s
+    busy = (time.process_time() - cpu_s) / (time.monotonic() - began_s)
     writer.close()
     cpu_s = time.process_time() - cpu_s
     engine.close()
     if end.reason != "finished":
         raise SystemExit(f"{case.label()}: {end.reason}: {end.message}")
+    return cpu_s, busy
+
+
+def measure_ours(case: Case, directory: Path) -> Outcome:
+    engine_s = [] if case.step_ms else [drained(case)[0]]
+    engine = Watched(Paced(case.pace) if case.step_ms else Unpaced(case.pace))
+    rss_before = rss_mib()
+    cpu_s, busy = run_ours(engine, case, directory)
     base = Outcome(
         engine.n_steps,
         1e6 * cpu_s / engine.n_steps,
-        busy=loop_cpu_s / wall_s,
+        busy=busy,
         worst_ms=engine.longest_ns / 1e6,
         grown_mib=growth_mib(engine.samples, WARM_STEPS),
         rss_mib=max(mib for _, mib in engine.samples) - rss_before,
@@ -503,7 +511,7 @@ def measure_published(case: Case, directory: Path, harness: Path) -> Outcome:
 
     What it does when the run is over (statistics, files) is not counted.
     """
-    published = _published(harness)
+    published = imported(harness, NAMES)
     engine_s = [] if case.step_ms else [drained(case)[0]]
     streams_s = [] if case.step_ms else [streamed(case)]
     engine: Paced | Unpaced = Paced(case.pace) if case.step_ms else Unpaced(case.pace)
@@ -512,7 +520,7 @@ def measure_published(case: Case, directory: Path, harness: Path) -> Outcome:
         model = published.models.VLLMModel(
             "null", max_concurrent_requests=case.concurrency, sampling_kwargs={"temperature": 0}
         )
-    kept = _Kept()
+    kept = Kept()
     metrics = [published.metrics.AcceptanceRate(), published.metrics.Timing(1), kept]
     runner = published.runners.SimpleRunner(model, metrics=metrics)
     ended: list[tuple[float, float]] = []
@@ -561,7 +569,7 @@ def measure_published(case: Case, directory: Path, harness: Path) -> Outcome:
     return _with_times(base, engine, case, number, time_ns, submitted_ns, arrived_ns)
 
 
-class _Kept:
+class Kept:
     """A metric of the published harness's kind that keeps the times it is handed."""
 
     def __init__(self) -> None:
@@ -572,7 +580,7 @@ class _Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class _Published:
+class Published:
     """The modules of a checkout."""
 
     run: Any
@@ -589,19 +597,26 @@ class _Published:
         yield
 
 
-def _published(harness: Path) -> _Published:
-    """Import a checkout with a vLLM that is only names: the null engine stands in for it. So is its
-    wrapper of Medusa, which alone would import torch."""
-    for name, values in {
-        "vllm": ("SamplingParams",),
-        "vllm.engine": (),
-        "vllm.engine.arg_utils": ("AsyncEngineArgs",),
-        "vllm.inputs": ("TokensPrompt",),
-        "vllm.v1": (),
-        "vllm.v1.engine": (),
-        "vllm.v1.engine.async_llm": ("AsyncLLM",),
-        "specdec_bench.models.specbench_medusa": ("SpecBenchMedusaModel",),
-    }.items():
+MEDUSA = {"specdec_bench.models.specbench_medusa": ("SpecBenchMedusaModel",)}
+"""A wrapper of theirs that nobody asks for here, and that alone would import torch."""
+
+NAMES = {
+    "vllm": ("SamplingParams",),
+    "vllm.engine": (),
+    "vllm.engine.arg_utils": ("AsyncEngineArgs",),
+    "vllm.inputs": ("TokensPrompt",),
+    "vllm.v1": (),
+    "vllm.v1.engine": (),
+    "vllm.v1.engine.async_llm": ("AsyncLLM",),
+    **MEDUSA,
+}
+"""A vLLM that is only names: the null engine stands in for it."""
+
+
+def imported(harness: Path, names: Mapping[str, Sequence[str]]) -> Published:
+    """A checkout's modules. In place of those in `names`, module -> names, are classes that take
+    everything."""
+    for name, values in names.items():
         module = types.ModuleType(name)
         for value in values:
             setattr(module, value, type(value, (types.SimpleNamespace,), {}))
@@ -609,7 +624,7 @@ def _published(harness: Path) -> _Published:
     sys.path.insert(0, str(harness))
     sys.dont_write_bytecode = True
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return _Published(
+        return Published(
             importlib.import_module("run"),
             importlib.import_module("specdec_bench.models"),
             importlib.import_module("specdec_bench.metrics"),
@@ -741,9 +756,10 @@ def page(s: Session) -> str:
         "# What the harness costs",
         "Made by `scripts/overhead.py`; every number is of one session, each case of a fresh "
         "process. The null engine stands in for an engine: at every step it hands over the tokens "
-        "of all requests in flight, from a process of its own on the real clock, or, where the "
-        "cost is measured, as fast as it is polled. The loop, the watchdog and the "
-        "store are those of a run, with every step written to disk.",
+        "of all requests in flight (always the same ones, which costs it nothing), from a process "
+        "of its own on the real clock, or, where the cost is measured, as fast as it is polled. "
+        "The loop, the watchdog and the store are those of a run, with every step written to "
+        "disk.",
         *_facts(s),
         "## Against the targets",
         _targets(s),
@@ -753,12 +769,12 @@ def page(s: Session) -> str:
         f"{s.plan.repeats} run(s). {_streams_sentence(s)}",
         _cost_table(s),
         "## What is recorded, beside the engine's own clock",
-        "The engine stamps each of its steps itself. `speedbench` records the arrival of a step "
-        "in its own process here, as with engines that tell no time of their own; the rows marked "
-        "`engine's stamps` are those of engines that do (vLLM). Off by: recorded / true - 1, of "
-        "the quantile over all steps and requests. Longest wait: from the engine's stamp to the "
-        "poll that saw the step. An engine period above the nominal one means that the machine "
-        "did not keep up: the engine itself was late.",
+        "The engine stamps each of its steps itself, when it has made the message. `speedbench` "
+        "records the arrival of a step in its own process here, as with engines that tell no time "
+        "of their own; the rows marked `engine's stamps` are those of engines that do (vLLM). "
+        "Off by: recorded / true - 1, of the quantile over all steps and requests. Longest wait: "
+        "from the engine's stamp to the poll that saw the step. An engine period above the nominal "
+        "one means that the machine did not keep up: the engine itself was late.",
         _times_table(s),
         "## Memory",
         "Steps of conversations in flight are kept, 24 bytes each and 4 for each token, until the "
@@ -772,13 +788,13 @@ def page(s: Session) -> str:
 
 
 def _facts(s: Session) -> list[str]:
-    harness = "" if s.harness is None else f", publisher's harness at {_commit(s.harness)}"
+    harness = "" if s.harness is None else f", publisher's harness at {commit(s.harness)}"
     return [
         f"- Date: {date.today().isoformat()}\n"
-        f"- Machine: {_cpu()}, {os.cpu_count()} CPUs, load when it ended "
+        f"- Machine: {cpu()}, {os.cpu_count()} CPUs, load when it ended "
         f"{os.getloadavg()[1]:.1f}\n"
         f"- Python {platform.python_version()}, numpy {np.__version__}, pyarrow "
-        f"{_version('pyarrow')}, speedbench at {_commit(ROOT)}{harness}\n"
+        f"{_version('pyarrow')}, speedbench at {commit(ROOT)}{harness}\n"
         f"- Command: `{s.command}`",
         "**The machine was not idle: costs and distortions are those of a busy one.**"
         if os.getloadavg()[1] > 0.75 * (os.cpu_count() or 1) + 1
@@ -922,7 +938,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cpu() -> str:
+def cpu() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -934,7 +950,7 @@ def _version(name: str) -> str:
     return str(importlib.import_module("importlib.metadata").version(name))
 
 
-def _commit(folder: Path) -> str:
+def commit(folder: Path) -> str:
     done = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -942,7 +958,7 @@ def _commit(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Plain)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Plain)
     add = parser.add_argument
     add("--quick", action="store_true", help="few cases, short ones: about a minute")
     add("--specdec_bench", type=Path, metavar="DIR", help="a checkout's examples/specdec_bench")
@@ -968,7 +984,7 @@ def main() -> None:
     print(f"written: {given.out}")
 
 
-class _Plain(argparse.RawDescriptionHelpFormatter):
+class Plain(argparse.RawDescriptionHelpFormatter):
     """The docstring as it stands."""
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from speedbench.types import UserError
 from speedbench.words import like
@@ -55,6 +54,8 @@ class Signals:
         self._loud = loud
         self._held_back = False
         self._graceful = False
+        self._raised: SystemExit | None = None
+        self._alarm: Any = None  # who had SIGALRM, while it is needed here
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         again = self.received is not None
@@ -67,21 +68,32 @@ class Signals:
             return
         if again or not self._graceful:
             self._say(f"ended by {name}")
-            raise SystemExit(128 + number)  # not KeyboardInterrupt: vLLM swallows that one
+            self._raise()
         self._say("stopping; once more ends it at once")
+
+    def _raise(self, *_: object) -> NoReturn:
+        self.calm()
+        # Not KeyboardInterrupt: vLLM swallows that one.
+        self._raised = SystemExit(128 + (self.received or 0))
+        raise self._raised
 
     def dropped(self, what: sys.UnraisableHookArgs) -> bool:
         """Python drops what is raised in a destructor or a weak reference's callback. If that was
         how a signal ends the process, it is raised again when the callback is over."""
-        ours = self.received is not None and isinstance(what.exc_value, SystemExit)
-        if not ours or threading.current_thread() is not threading.main_thread():
+        if self._raised is None or what.exc_value is not self._raised:
             return False
-        signal.signal(signal.SIGALRM, self._end)
+        self._alarm = signal.signal(signal.SIGALRM, self._raise)
         signal.setitimer(signal.ITIMER_REAL, 0.01)
         return True
 
-    def _end(self, _number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + (self.received or 0))
+    def calm(self) -> bool:
+        """Whether something was still to be raised again; it no longer is."""
+        if self._alarm is None:
+            return False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._alarm)
+        self._alarm = None
+        return True
 
     def _say(self, text: str) -> None:
         if self._loud:
@@ -125,8 +137,11 @@ def signals_handled(loud: bool = True) -> Iterator[Signals]:
         yield signals
     finally:
         sys.unraisablehook = hook
+        pending = signals.calm()
         for number, handler in before.items():
             signal.signal(number, handler)
+        if pending:
+            raise SystemExit(128 + (signals.received or 0))
 
 
 def numbers(flag: str, text: str) -> list[int]:

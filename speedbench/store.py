@@ -351,12 +351,9 @@ TICK_S = 0.05
 """Between two looks at what was committed. A thread that is woken for every conversation takes the
 interpreter from the loop each time."""
 
-BACKLOG = 10_000
-"""Conversations that wait to be looked at: with more of them the writer rests no more."""
-
 AT_ONCE_STEPS = 8_192
-"""Steps made into a table at once, which takes about a millisecond of the interpreter: what arrives
-meanwhile would be stamped late."""
+"""Steps made into a table at once, if no single conversation has more, which takes about a
+millisecond of the interpreter: what arrives meanwhile would be stamped late."""
 
 TURN_STEPS = 32
 """A turn takes the time of so many steps, beside its own."""
@@ -366,7 +363,8 @@ REST = 4.0
 interpreter each has half of it, and at 400,000 steps a second the loop needs more."""
 
 PATIENCE_S = 0.05
-"""So long it waits for the loop to have nothing to do."""
+"""So long it waits for the loop to have nothing to do. When as many steps as a part holds were
+committed while one is made, it waits and rests no more."""
 
 
 class Writer:
@@ -389,6 +387,7 @@ class Writer:
         self._queue: queue.SimpleQueue[ConversationRecord] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._turn, self._wants_turn = threading.Event(), False
+        self._mean_steps = 0.0  # of a conversation, in the part that is being written
         self._failure: BaseException | None = None
         self._unwritten: list[ConversationRecord] = []
         self.n_spoilt = 0
@@ -478,19 +477,22 @@ class Writer:
 
     def _in_turn(self, records: Sequence[ConversationRecord]) -> Mapping[str, pa.Table]:
         """The tables of a few records, made when the loop has nothing to do."""
-        hurry = self._closing.is_set() or self._queue.qsize() >= BACKLOG
-        if not hurry:
+        behind = self._queue.qsize() * self._mean_steps >= PART_STEPS
+        if not behind:
             self._turn.clear()
             self._wants_turn = True
-            self._turn.wait(PATIENCE_S)
+            if not self._closing.is_set():
+                self._turn.wait(PATIENCE_S)
         began_s = time.thread_time()
         tables = _tables(records, self._origin)
-        if not hurry:
+        if not behind:
             self._closing.wait(REST * (time.thread_time() - began_s))
         return tables
 
     def _write_part(self, records: Sequence[ConversationRecord]) -> None:
         name = f"{self._next_part:05d}{_suffix(self._origin.replica)}.parquet"
+        n_steps = sum(len(turn.steps) for record in records for turn in record.turns)
+        self._mean_steps = n_steps / len(records)
         pieces = [self._in_turn(few) for few in _in_small_numbers(records)]
         for folder in pieces[0]:
             table = pa.concat_tables(piece[folder] for piece in pieces)

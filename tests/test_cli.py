@@ -346,15 +346,39 @@ class Dropped:
 
 with signals_handled():
     Dropped()
-    time.sleep(60)
-    print("went on")
+    {then}
+print("went on")
 """
 
 
+@pytest.mark.parametrize("then", ["time.sleep(60)", "pass"], ids=["while it runs", "at its end"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_a_destructor_ends_it_all_the_same(number: signal.Signals) -> None:
+def test_a_signal_in_a_destructor_ends_it_all_the_same(number: signal.Signals, then: str) -> None:
     """Python drops what is raised there, the end of the process with it."""
-    done = subprocess.run([sys.executable, "-c", SWALLOWED.format(number=int(number))], cwd=ROOT,
-                          capture_output=True, text=True, timeout=30, check=False)  # fmt: skip
+    script = SWALLOWED.format(number=int(number), then=then)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          timeout=30, check=False)  # fmt: skip
     assert (done.returncode, done.stdout) == (128 + number, "")
     assert done.stderr.split("\n") == ["", f"speedbench: ended by {number.name}", ""]
+
+
+FOREIGN = """
+import signal, sys, time
+from speedbench.cli_base import signals_handled
+
+class Foreign:
+    def __del__(self):
+        sys.exit(7)
+
+with signals_handled() as signals, signals.graceful():
+    signal.raise_signal(signal.SIGINT)
+    Foreign()
+    time.sleep(0.1)
+    print("stopped in order")
+"""
+
+
+def test_what_others_raise_in_a_destructor_is_not_taken_for_a_signal() -> None:
+    done = subprocess.run([sys.executable, "-c", FOREIGN], cwd=ROOT, capture_output=True, text=True,
+                          timeout=30, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "stopped in order\n")
