@@ -494,8 +494,9 @@ class Writer:
         n_steps = sum(len(turn.steps) for record in records for turn in record.turns)
         self._mean_steps = n_steps / len(records)
         pieces = [self._in_turn(few) for few in _in_small_numbers(records)]
-        for folder in pieces[0]:
-            table = pa.concat_tables(piece[folder] for piece in pieces)
+        tables = {name: pa.concat_tables(piece[name] for piece in pieces) for name in pieces[0]}
+        _refuse_odd(tables)
+        for folder, table in tables.items():
             if folder in OPTIONAL and not table.num_rows:
                 # Of an attempt at this part that failed, and held other conversations.
                 (self._directory / folder / name).unlink(missing_ok=True)
@@ -525,7 +526,7 @@ def _sound(record: ConversationRecord) -> ConversationRecord:
 
 def _sound_turn(turn: TurnRecord) -> TurnRecord:
     try:
-        _tables([ConversationRecord("", "", (turn,))], _Origin(0, 0))
+        _refuse_odd(_tables([ConversationRecord("", "", (turn,))], _Origin(0, 0)))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         told = (str(error).splitlines() or [type(error).__name__])[0]
         sentence = f"what the engine gave cannot be stored as numbers ({told})"
@@ -546,60 +547,58 @@ def _suffix(replica: int) -> str:
 
 
 def _tables(records: Sequence[ConversationRecord], origin: _Origin) -> Mapping[str, pa.Table]:
-    """What each folder gets of them, in the order in which it is written. Raises ValueError for
-    what would not be read again, a whole part with it."""
+    """What each folder gets of them, in the order in which it is written."""
     turns = [turn for record in records for turn in record.turns]
-    tables = {
+    return {
         "experts": _experts_table(turns, origin),
         "served": _served_table(turns, origin),
         "steps": _steps_table(turns, origin),
         "turns": _turns_table(records, turns, origin),
     }
+
+
+def _refuse_odd(tables: Mapping[str, pa.Table]) -> None:
+    """Raise ValueError for what would not be read again, a whole part with it."""
     for folder, table in tables.items():
         part.refuse_odd(table, LIMITS[folder])
     if (reason := _odd_reason(tables["turns"])) is not None:
         raise ValueError(f"{reason!r} is no reason to finish")
-    return tables
 
 
 def _experts_table(turns: Sequence[TurnRecord], origin: _Origin) -> pa.Table:
-    return pa.Table.from_pylist(
-        [
-            {
-                "request_id": turn.request_id,
-                "session": origin.session,
-                "replica": origin.replica,
-                "n_tokens": found.n_tokens,
-                "n_layers": found.n_layers,
-                "top_k": found.top_k,
-                "expert_ids": found.expert_ids,
-            }
-            for turn in turns
-            if turn.steps and (found := turn.steps[-1].routed_experts) is not None
-        ],
-        schema=EXPERTS,
-    )
+    rows = [
+        {
+            "request_id": turn.request_id,
+            "session": origin.session,
+            "replica": origin.replica,
+            "n_tokens": found.n_tokens,
+            "n_layers": found.n_layers,
+            "top_k": found.top_k,
+            "expert_ids": found.expert_ids,
+        }
+        for turn in turns
+        if turn.steps and (found := turn.steps[-1].routed_experts) is not None
+    ]
+    return pa.Table.from_pylist(rows, schema=EXPERTS) if rows else EXPERTS.empty_table()
 
 
 def _served_table(turns: Sequence[TurnRecord], origin: _Origin) -> pa.Table:
-    return pa.Table.from_pylist(
-        [
-            {
-                "request_id": turn.request_id,
-                "session": origin.session,
-                "replica": origin.replica,
-                "sent_ns": found.sent_ns,
-                "new_connection": found.new_connection,
-                "prompt_proof": found.prompt_proof,
-                "n_prompt_tokens": found.n_prompt_tokens,
-                "n_cached_tokens": found.n_cached_tokens,
-                **_told(found.acceptance),
-            }
-            for turn in turns
-            if turn.steps and (found := turn.steps[-1].served) is not None
-        ],
-        schema=SERVED,
-    )
+    rows = [
+        {
+            "request_id": turn.request_id,
+            "session": origin.session,
+            "replica": origin.replica,
+            "sent_ns": found.sent_ns,
+            "new_connection": found.new_connection,
+            "prompt_proof": found.prompt_proof,
+            "n_prompt_tokens": found.n_prompt_tokens,
+            "n_cached_tokens": found.n_cached_tokens,
+            **_told(found.acceptance),
+        }
+        for turn in turns
+        if turn.steps and (found := turn.steps[-1].served) is not None
+    ]
+    return pa.Table.from_pylist(rows, schema=SERVED) if rows else SERVED.empty_table()
 
 
 def _told(acceptance: ToldAcceptance | None) -> dict[str, Any]:
