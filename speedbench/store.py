@@ -358,9 +358,9 @@ millisecond of the interpreter: what arrives meanwhile would be stamped late."""
 TURN_STEPS = 32
 """A turn takes the time of so many steps, beside its own."""
 
-REST = 4.0
-"""After that the writer rests for so many times what it took: where two threads want the
-interpreter each has half of it, and at 400,000 steps a second the loop needs more."""
+REST = 1.0
+"""After that the writer rests for so many times what it took, also where the loop never waits:
+each of two threads that want the interpreter has half of it, and the loop needs more."""
 
 PATIENCE_S = 0.05
 """So long it waits for the loop to have nothing to do. When as many steps as a part holds were
