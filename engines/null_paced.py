@@ -2,8 +2,8 @@
 from a process of its own, or as fast as it is polled. Made to measure what a harness costs.
 
 Its tokens mean nothing. What it says of time is true: `Paced` stamps every step with the monotonic
-clock in its own process, when it is made, and keeps those stamps beside the steps. The tokens of
-steps of one length are one list, and are not sent.
+clock in its own process, when it is made, and keeps those stamps beside the steps. Tokens are not
+sent; those of steps of one length are one list.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from itertools import repeat
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+from speedbench.steps import ROW, ROWS, Batch
 from speedbench.types import (
     UNKNOWN,
     EngineCounters,
@@ -52,6 +53,8 @@ class Pace:
     draft_length  K: every decode step adds 1..K+1 tokens
     step_ns       period of its steps; 0: as fast as it is polled
     prefill_ns    from a request's arrival to its first token, at least
+    batches       its steps are handed over in columns, as engines do that step many requests at
+                  once; else each is an object
     stamps        what its steps are stamped with: the engine's own clock, as engines that tell it
                   allow, or their arrival in the process that polls, as the others force
     """
@@ -62,6 +65,7 @@ class Pace:
     stamps: Literal["engine", "arrival"] = "arrival"
     acceptance: float = 0.7
     seed: int = 0
+    batches: bool = True
 
 
 def step_lengths(pace: Pace) -> Any:
@@ -136,8 +140,12 @@ class _Null:
     """
 
     def __init__(self, pace: Pace) -> None:
+        import numpy as np
+
+        self._np = np
         self._pace = pace
         self._names: dict[int, str] = {}
+        self._in_order: list[str] = []  # of the requests that the last message was about
         self._tokens = [[7] * n for n in range(pace.draft_length + 2)]  # of a step of n tokens
         self._n_submitted = 0
         self.engine_ns = array("q")
@@ -155,21 +163,30 @@ class _Null:
         self._n_submitted += 1
         return number
 
-    def _steps(self, message: bytes, seen_ns: int, into: list[Step]) -> None:
-        engine_ns, n, n_fresh = HEAD.unpack_from(message)
+    def _stamp(self, message: bytes, seen_ns: int) -> int:
+        """What the steps of a message are stamped with."""
+        (engine_ns,) = STAMP.unpack_from(message)
         self.engine_ns.append(engine_ns)
         self.seen_ns.append(seen_ns)
-        stamp_ns = engine_ns if self._pace.stamps == "engine" else seen_ns
-        view = memoryview(message)[HEAD.size :]
-        arrived = view[: 8 * n_fresh].cast("q").tolist()
-        view = view[8 * n_fresh :]
-        numbers, lengths, ended = (
-            view[4 * n * i : 4 * n * (i + 1)].cast("i").tolist() for i in range(3)
-        )
+        return engine_ns if self._pace.stamps == "engine" else seen_ns
+
+    def _fields(self, message: bytes) -> tuple[Any, Any, Any]:
+        """Numbers of the requests in a message, tokens of each, and whether it ended: (n,)."""
+        np = self._np
+        _, n, n_fresh = HEAD.unpack_from(message)
+        at = HEAD.size + 8 * n_fresh
+        numbers, lengths, ended = np.frombuffer(message, np.int32, 3 * n, at).reshape(3, n)
+        if n_fresh:  # requests enter at the end
+            arrived = np.frombuffer(message, np.int64, n_fresh, HEAD.size).tolist()
+            names = [self._names[number] for number in numbers[-n_fresh:].tolist()]
+            self._in_order = [*self._in_order, *names]
+            self.arrived_ns.update(zip(names, arrived, strict=True))
+        return numbers, lengths, ended
+
+    def _steps(self, message: bytes, seen_ns: int, into: list[Step]) -> None:
+        stamp_ns = self._stamp(message, seen_ns)
+        numbers, lengths, ended = (column.tolist() for column in self._fields(message))
         names = self._names
-        if arrived:  # requests enter at the end
-            for number, arrived_ns in zip(numbers[-n_fresh:], arrived, strict=True):
-                self.arrived_ns[names[number]] = arrived_ns
         # As a tuple from columns: a fifth of what a call of Step takes for each.
         columns = (
             map(names.__getitem__, numbers),
@@ -182,10 +199,30 @@ class _Null:
             *[repeat(None)] * (len(Step._fields) - 7),
         )
         into.extend(map(partial(tuple.__new__, Step), zip(*columns, strict=False)))
-        if any(ended):
-            for number, end in zip(numbers, ended, strict=True):
-                if end:
-                    del names[number]
+        self._let_go(numbers, ended)
+
+    def _batch(self, message: bytes, seen_ns: int, into: Batch) -> None:
+        stamp_ns = self._stamp(message, seen_ns)
+        numbers, lengths, ended = self._fields(message)
+        rows = self._np.empty(len(numbers), ROWS)
+        rows["time_ns"], rows["n_tokens"], rows["engine_steps"] = stamp_ns, lengths, 1
+        rows["accepted"] = rows["drafted"] = UNKNOWN
+        for i in self._np.flatnonzero(ended).tolist():
+            tokens = self._tokens[lengths[i]]
+            last = Step(self._in_order[i], stamp_ns, tokens, finish_reason="length")
+            into.ended.append((len(into.request_ids) + i, last))
+        into.request_ids += self._in_order
+        into.rows += rows.tobytes()
+        into.token_ids += array("i", [7]) * int(lengths.sum())
+        self._let_go(numbers.tolist(), ended.tolist())
+
+    def _let_go(self, numbers: Sequence[int], ended: Sequence[int]) -> None:
+        if not any(ended):
+            return
+        for number, end in zip(numbers, ended, strict=True):
+            if end:
+                del self._names[number]
+        self._in_order = [name for name, end in zip(self._in_order, ended, strict=True) if not end]
 
     def counters(self) -> EngineCounters | None:
         return None
@@ -209,6 +246,9 @@ class Unpaced(_Null):
         self._at = 0
         self._fresh: dict[str, int] = {}  # tokens left
         self._live: dict[str, int] = {}
+        self._rows = [  # of a step of n tokens, without its stamp
+            ROW.pack(0, n, 1, UNKNOWN, UNKNOWN)[STAMP.size :] for n in range(pace.draft_length + 2)
+        ]
 
     @property
     def n_live(self) -> int:
@@ -218,9 +258,46 @@ class Unpaced(_Null):
         self._fresh[request.request_id] = request.max_tokens
 
     def poll(self) -> Sequence[Step]:
-        now_ns, live, lengths, tokens = time.monotonic_ns(), self._live, self._lengths, self._tokens
-        if self._at + len(live) > N_LENGTHS:
+        if self._at + len(self._live) > N_LENGTHS:
             self._at = 0
+        steps = self._batch_of_all() if self._pace.batches else self._steps_of_all()
+        self._fresh = {}
+        return steps
+
+    def _batch_of_all(self) -> Batch:
+        now_ns, live, lengths, rows = time.monotonic_ns(), self._live, self._lengths, self._rows
+        batch, at, n_tokens = Batch(), self._at, 0
+        parts: list[bytes] = []
+        batch.request_ids = [*live, *self._fresh]
+        for name, left in live.items():
+            length = lengths[at]
+            at += 1
+            if length < left:
+                live[name] = left - length
+            else:
+                length = left
+                last = Step(name, now_ns, self._tokens[left], finish_reason="length")
+                batch.ended.append((len(parts), last))
+            parts.append(rows[length])
+            n_tokens += length
+        self._at = at
+        for name, left in self._fresh.items():
+            if left > 1:
+                live[name] = left - 1
+            else:
+                last = Step(name, now_ns, self._tokens[1], finish_reason="length")
+                batch.ended.append((len(parts), last))
+            parts.append(rows[1])
+            n_tokens += 1
+        for _, last in batch.ended:
+            live.pop(last.request_id, None)
+        stamp = STAMP.pack(now_ns)
+        batch.rows += stamp + stamp.join(parts)
+        batch.token_ids = array("i", [7]) * n_tokens
+        return batch
+
+    def _steps_of_all(self) -> Sequence[Step]:
+        now_ns, live, lengths, tokens = time.monotonic_ns(), self._live, self._lengths, self._tokens
         steps, ended, at, new = [], [], self._at, tuple.__new__
         nothing = (None,) * (len(Step._fields) - 7)
         for name, left in live.items():
@@ -236,14 +313,12 @@ class Unpaced(_Null):
         self._at = at
         for name in ended:
             del live[name]
-        if self._fresh:
-            for name, left in self._fresh.items():
-                if left > 1:
-                    live[name] = left - 1
-                steps.append(
-                    Step(name, now_ns, tokens[1], finish_reason=None if left > 1 else "length")
-                )
-            self._fresh = {}
+        for name, left in self._fresh.items():
+            if left > 1:
+                live[name] = left - 1
+            steps.append(
+                Step(name, now_ns, tokens[1], finish_reason=None if left > 1 else "length")
+            )
         return steps
 
     def close(self) -> None:
@@ -278,6 +353,11 @@ class Paced(_Null):
                 messages.append((self._pipe.recv_bytes(), time.monotonic_ns()))
         except (EOFError, OSError):
             raise EngineDiedError("the null engine's process is gone") from None
+        if self._pace.batches:
+            batch = Batch()
+            for message, seen_ns in messages:
+                self._batch(message, seen_ns, batch)
+            return batch
         steps: list[Step] = []
         for message, seen_ns in messages:
             self._steps(message, seen_ns, steps)

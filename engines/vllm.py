@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast, get_args
 
 from engines.checkpoint import checkpoint_config, refuse_other_vocabulary
 from engines.overheard import Overheard
+from speedbench.steps import ROW, Batch
 from speedbench.types import (
     UNKNOWN,
     Algorithm,
@@ -243,7 +244,7 @@ class VllmEngine:
                 "a machine without a GPU), or run inside vLLM's container"
             ) from None
         self._settings = settings
-        self._events: list[Step] = []
+        self._events = Batch()
         self._live: dict[str, _Live] = {}
         self._known: dict[str, _Live] = {}  # by vLLM's name of the request
         self._death: str | None = None
@@ -316,7 +317,7 @@ class VllmEngine:
         self._arrived.set()
 
     def _take(self, message: Any, states: Mapping[str, Any]) -> None:
-        """One message = one engine step: at most one Step for each request in it. What is here runs
+        """One message = one engine step: at most one row for each request in it. What is here runs
         for each of them, in the thread that also submits."""
         time_ns, known, n_decoding = round(message.timestamp * 1e9), self._known, 0
         going: list[tuple[_Live, Any]] = []
@@ -331,12 +332,14 @@ class VllmEngine:
         told = self._tell(going, ending, n_decoding, message.scheduler_stats)
         events, with_experts = self._events, self._settings.capture_experts
         for live, output in going:
-            token_ids = output.new_token_ids
-            live.told.append(told.going[len(token_ids)] if live.n_tokens else told.first)
-            live.n_tokens.append(len(token_ids))
+            n_tokens = len(output.new_token_ids)
+            live.told.append(told.going[n_tokens] if live.n_tokens else told.first)
+            live.n_tokens.append(n_tokens)
             if with_experts:
                 live.keep_experts(output)
-            events.append(Step(live.request_id, time_ns, token_ids))
+            events.token_ids.fromlist(output.new_token_ids)
+            events.rows += ROW.pack(time_ns, n_tokens, 1, UNKNOWN, UNKNOWN)
+            events.request_ids.append(live.request_id)
         for live, output in ending:
             live.told.append(told.ending if live.n_tokens else told.first)
             live.n_tokens.append(len(output.new_token_ids))
@@ -460,7 +463,7 @@ class VllmEngine:
             self._run(self._wait())
         if not self._events:
             raise EngineDiedError(self._death or "vLLM sends nothing any more")
-        events, self._events = self._events, []
+        events, self._events = self._events, Batch()
         return events
 
     async def _wait(self) -> None:

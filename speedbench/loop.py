@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 import traceback
 from collections import deque
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from speedbench.collector import kept_short
-from speedbench.steps import Steps
+from speedbench.steps import Batch, Intake, Steps, TornError, is_kept
 from speedbench.types import (
     UNKNOWN,
     Conversation,
@@ -36,6 +38,12 @@ PromptRefusedError."""
 EndReason = Literal["finished", "stopped", "engine died", "stalled", "crashed"]
 """`stalled` is said by whoever watches the loop: inside it, a call that hangs never returns."""
 
+HAND_OUT_ROWS, HAND_OUT_NS = 1 << 15, 50_000_000
+"""Steps are given to their requests when so many wait, or some did for so long."""
+
+HAND_OUT_AT_ONCE = 512
+"""Requests that get theirs between two polls, which takes about a millisecond."""
+
 LONGEST_WAIT_S = 0.2
 """Between arrivals that are far apart somebody must still be able to stop it."""
 
@@ -46,7 +54,7 @@ _NO_PROMPT = Prompt((), "")
 class _Flight:
     row: Conversation
     request_id: str
-    steps: Steps
+    steps: Steps = field(default_factory=lambda: Steps(""))
     prompt: Prompt = _NO_PROMPT
     submitted_ns: int = UNKNOWN
     ended: list[TurnRecord] = field(default_factory=list)
@@ -87,7 +95,7 @@ class LoopEnd:
 
 
 class Loop:
-    """Drives one engine over rows; `commit` receives each conversation when its last turn ends.
+    """Drives one engine over rows; `commit` receives each conversation soon after its last turn.
 
     `stop` is asked after every poll and returns why to stop, or None. `n_tokens` and `n_done`
     grow while it runs, for a progress display. `clock` (ns) stamps submissions; it must be the
@@ -124,6 +132,10 @@ class Loop:
         self._clock = clock
         self._idle = idle
         self._flights: dict[str, _Flight] = {}
+        self._intake = Intake()
+        self._hand_out_ns = 0  # at the latest
+        self._finished: deque[ConversationRecord] = deque()  # their steps are not complete
+        self._n_complete = 0  # of these, once all that is being handed out is
         self._ready: deque[_Flight] = deque()
         self._arrivals = arrivals
         self._next: tuple[Conversation, int] | None = None  # the row that is not admitted yet
@@ -144,16 +156,19 @@ class Loop:
             queue = ((row, UNKNOWN) for row in rows)
         else:
             queue = ((row, started_ns + due) for row, due in zip(rows, self._arrivals, strict=True))
+        why = None
         try:
             self._fill(queue)
             while self._flights or self._next is not None:
+                self._hand_out_some()
                 self._idle()
                 self._take(self._poll())
                 while self._ready:
                     self._ask(self._ready.popleft())
                 if (why := self._stop()) is not None:
-                    return self._end("stopped", why, started_ns)
+                    break
                 self._fill(queue)
+            self._hand_out_all()
         except EngineDiedError as death:
             return self._end("engine died", str(death), started_ns)
         except Exception as error:  # noqa: BLE001 - whatever it is, what was committed is stored
@@ -162,7 +177,7 @@ class Loop:
                 f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             )
             return self._end("crashed", message, started_ns)
-        return self._end("finished", "", started_ns)
+        return self._end("finished" if why is None else "stopped", why or "", started_ns)
 
     @property
     def n_in_flight(self) -> int:
@@ -202,7 +217,7 @@ class Loop:
                 return
             self._next = None
             request_id = f"{self._id_prefix}{self._n_admitted}.0"
-            flight = _Flight(row, request_id, Steps(request_id))
+            flight = _Flight(row, request_id)
             self._n_admitted += 1
             self._ask(flight, due_ns)
 
@@ -216,6 +231,7 @@ class Loop:
             self._end_conversation(flight, flight.end("refused", str(refusal)))
             return
         self._flights[flight.request_id] = flight
+        flight.steps = self._intake.open(flight.request_id)
         flight.submitted_ns = self._clock() if due_ns == UNKNOWN else due_ns
         self._engine.submit(
             Request(
@@ -228,50 +244,88 @@ class Loop:
         )
 
     def _take(self, steps: Sequence[Step]) -> None:
-        """What one poll brought: the only code of ours that runs for every step."""
-        flights, n_tokens = self._flights, 0
+        """What one poll brought. Nothing here runs for every step if it came as a batch."""
+        batch = steps if isinstance(steps, Batch) else self._known(steps)
+        try:
+            self._intake.take(batch)
+        except KeyError:
+            batch = self._known(batch)
+            self._intake.take(batch)
+        self.n_tokens += len(batch.token_ids)
+        for _, step in batch.ended:
+            self._finish_turn(self._flights[step.request_id], step)
+
+    def _known(self, steps: Sequence[Step]) -> Batch:
+        """Of these steps, those of requests in flight that can be stored as numbers."""
+        batch, ended = Batch(), set()
         for step in steps:
-            flight = flights.get(step.request_id)
-            if flight is None:
+            if step.request_id not in self._flights or step.request_id in ended:
                 self._n_stray_steps += 1
                 continue
-            token_ids, reason, error = step.token_ids, step.finish_reason, step.error
-            n_tokens += len(token_ids)
-            if error is None or token_ids:
-                try:
-                    flight.steps.append(step)
-                except ValueError as fault:
-                    what = f"what the engine gave cannot be stored as numbers ({fault})"
-                    reason, error = "error", what
-            if reason is not None:
-                self._finish_turn(flight, reason, error)
-        self.n_tokens += n_tokens
+            try:
+                batch.append(step)
+            except ValueError as fault:
+                what = f"what the engine gave cannot be stored as numbers ({fault})"
+                step = Step(step.request_id, UNKNOWN, (), finish_reason="error", error=what)
+                batch.append(step)
+            if step.finish_reason is not None:
+                ended.add(step.request_id)
+        return batch
 
-    def _finish_turn(self, flight: _Flight, reason: FinishReason, error: str | None) -> None:
+    def _hand_out(self, most: int = sys.maxsize) -> None:
+        """Give so many requests their steps. When each has what came before this was begun, commit
+        the conversations that had ended then."""
+        if not self._intake.is_handing_out:
+            self._n_complete = len(self._finished)
+        if not self._intake.hand_out(most):
+            return
+        self._hand_out_ns = time.monotonic_ns() + HAND_OUT_NS
+        for _ in range(self._n_complete):
+            self._commit(self._finished.popleft())
+
+    def _hand_out_all(self) -> None:
+        if self._intake.is_handing_out:
+            self._hand_out()
+        self._hand_out()
+
+    def _hand_out_some(self) -> None:
+        """In time, and never so many that the next step would be seen late."""
+        waits = self._intake.n_waiting >= HAND_OUT_ROWS or time.monotonic_ns() >= self._hand_out_ns
+        if waits or self._intake.is_handing_out:
+            self._hand_out(HAND_OUT_AT_ONCE)
+
+    def _finish_turn(self, flight: _Flight, last: Step) -> None:
+        reason = last.finish_reason
+        assert reason is not None
         del self._flights[flight.request_id]
-        record = flight.end(reason, error)
+        self._intake.close(flight.request_id, last if is_kept(last) else None)
+        record = flight.end(reason, last.error)
         if reason == "error" or record.turn + 1 == flight.row.n_turns:
             self._end_conversation(flight, record)
             return
+        self._hand_out_all()  # its answer is wanted
         flight.ended.append(record)
         flight.replies.append(record.reply())
         flight.submitted_ns = UNKNOWN
         flight.request_id = f"{flight.request_id.rpartition('.')[0]}.{len(flight.ended)}"
-        flight.steps = Steps(flight.request_id)
         self._ready.append(flight)  # asked when all steps of this poll are taken
 
     def _end_conversation(self, flight: _Flight, last: TurnRecord) -> None:
         self.n_done += 1
-        self._commit(ConversationRecord(flight.row.id, flight.row.category, (*flight.ended, last)))
+        self._finished.append(
+            ConversationRecord(flight.row.id, flight.row.category, (*flight.ended, last))
+        )
 
     def _end(self, reason: EndReason, message: str, started_ns: int) -> LoopEnd:
+        with contextlib.suppress(TornError, ValueError):  # what is lost is counted below
+            self._hand_out_all()
         pending = [*self._flights.values(), *self._ready]
         return LoopEnd(
             reason,
             message,
             started_ns,
             self._clock(),
-            len(pending),
+            len(pending) + len(self._finished),
             sum(flight.n_tokens() for flight in pending),
             self._n_stray_steps,
         )

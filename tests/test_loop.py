@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speedbench import loop as loop_module
 from speedbench.loop import Loop, LoopEnd
+from speedbench.steps import Batch, Intake
 from speedbench.types import (
     Conversation,
     ConversationRecord,
@@ -234,3 +238,173 @@ def test_a_step_that_is_no_step_fails_its_request_alone() -> None:
     assert "cannot be stored as numbers" in (by_id["c1"].error or "")
     assert by_id["c1"].output_token_ids() == [0]
     assert [by_id[c].output_token_ids() for c in ("c0", "c2")] == [[0, 1, 2, 3, 4]] * 2
+
+
+class Batches(ScriptedEngine):
+    """The same engine, which hands over its steps in columns."""
+
+    def poll(self) -> Batch:
+        return Batch(super().poll())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=20),
+    st.integers(1, 9),
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=5),
+    st.sampled_from([1, 3, 1000]),
+    st.sampled_from([0, 1, 5, 10**6]),
+)
+def test_batches_are_recorded_as_the_same_steps_one_by_one(
+    turns: list[int], concurrency: int, sizes: list[list[int]], at_once: int, waiting: int
+) -> None:
+    """However many steps wait before they are handed out, to however many requests at a time."""
+
+    def script(request: Request) -> list[Step]:
+        steps = plain(request, [1, *sizes[request.token_ids[0] % len(sizes)]])
+        told = [(1, 3)] * len(steps)
+        return [*steps[:-1], steps[-1]._replace(detail=told)]
+
+    recorded = []
+    for engine in (ScriptedEngine(script), Batches(script)):
+        done: list[ConversationRecord] = []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(loop_module, "HAND_OUT_AT_ONCE", at_once)
+            patched.setattr(loop_module, "HAND_OUT_ROWS", waiting)
+            patched.setattr(loop_module, "HAND_OUT_NS", 10**15)
+            end = Loop(
+                engine, prompt_for, Sampling(), output_length=99, concurrency=concurrency,
+                id_prefix="t", commit=done.append, stop=lambda: None, clock=engine.now_ns,
+            ).run(rows(*turns))  # fmt: skip
+        assert (end.reason, end.n_stray_steps, end.n_uncommitted) == ("finished", 0, 0)
+        recorded.append({r.conversation_id: r for r in done})
+        assert len(recorded[-1]) == len(done) == len(turns)
+    one_by_one, batches = recorded
+    for name, record in one_by_one.items():
+        for turn, same in zip(record.turns, batches[name].turns, strict=True):
+            assert list(turn.steps) == list(same.steps)
+            assert [len(s.token_ids) for s in turn.steps] == [
+                1, *sizes[int(name[1:]) % len(sizes)]
+            ]  # fmt: skip
+            assert turn.steps[-1].detail == [(1, 3)] * len(turn.steps)
+            assert (turn.submitted_ns, turn.finish_reason) == (same.submitted_ns, "length")
+            times = [step.time_ns for step in turn.steps]
+            assert times == list(range(times[0], times[-1] + 1, 1_000_000))
+
+
+def test_what_a_batch_holds_of_others_is_stray() -> None:
+    engine = Batches(lambda r: plain(r, [1, 2]))
+    engine.extra = [
+        Step("nobody", 5, [1, 2, 3]),
+        Step("nobody else", 5, (), finish_reason="error", error="it failed"),
+    ]
+    done: list[ConversationRecord] = []
+    end = Loop(
+        engine, prompt_for, Sampling(), output_length=8, concurrency=2, id_prefix="t",
+        commit=done.append, stop=lambda: None, clock=engine.now_ns,
+    ).run(rows(1, 2))  # fmt: skip
+    assert end.n_stray_steps == 2
+    assert [t.output_token_ids() for r in done for t in r.turns] == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize("why", [None, "enough"])
+def test_a_batch_whose_tokens_are_not_those_of_its_rows_ends_the_run_and_commits_nothing(
+    why: str | None,
+) -> None:
+    class Wrong(Batches):
+        def poll(self) -> Batch:
+            batch = super().poll()
+            batch.token_ids.pop()
+            return batch
+
+    engine = Wrong(lambda r: plain(r, [2]))
+    done: list[ConversationRecord] = []
+    end = Loop(
+        engine, prompt_for, Sampling(), output_length=8, concurrency=1, id_prefix="t",
+        commit=done.append, stop=lambda: why, clock=engine.now_ns,
+    ).run(rows(1, 1, 1))  # fmt: skip
+    assert end.reason == "crashed"
+    assert "tokens for steps of" in end.message
+    assert done == []
+    assert end.n_uncommitted > 0
+
+
+@pytest.mark.parametrize("n_polls", range(1, 7))
+def test_an_end_at_any_moment_commits_what_had_ended_and_counts_the_rest(
+    monkeypatch: pytest.MonkeyPatch, n_polls: int
+) -> None:
+    """Nothing is handed out meanwhile but two requests' steps at a time; c0 to c2 end at the second
+    poll, c3 to c5 at the fourth, c6 not before the end."""
+    monkeypatch.setattr(loop_module, "HAND_OUT_AT_ONCE", 2)
+    monkeypatch.setattr(loop_module, "HAND_OUT_ROWS", 5)
+    lengths = [2, 2, 2, 4, 4, 4, 8]
+    polls = iter([*[None] * (n_polls - 1), "enough"])
+    engine = Batches(lambda r: plain(r, [1] * lengths[r.token_ids[0]]))
+    done: list[ConversationRecord] = []
+    end = Loop(
+        engine, prompt_for, Sampling(), output_length=8, concurrency=7, id_prefix="t",
+        commit=done.append, stop=lambda: next(polls), clock=engine.now_ns,
+    ).run(rows(*[1] * 7))  # fmt: skip
+    ended = [i for i, n in enumerate(lengths) if n <= n_polls]
+    assert sorted(r.conversation_id for r in done) == [f"c{i}" for i in ended]
+    for record in done:
+        n = lengths[int(record.conversation_id[1:])]
+        assert record.turns[0].output_token_ids() == list(range(n))
+    n_left = 7 - len(ended)
+    assert (end.n_uncommitted, end.n_uncommitted_tokens) == (n_left, n_left * n_polls)
+
+
+def test_a_run_that_is_cut_from_outside_keeps_what_had_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A watchdog ends it from another thread while the engine hangs."""
+    monkeypatch.setattr(loop_module, "HAND_OUT_NS", 10**15)
+    cut: list[LoopEnd] = []
+
+    class Hanging(Batches):
+        def poll(self) -> Batch:
+            if len(self.in_flight) == 3:
+                thread = threading.Thread(
+                    target=lambda: cut.append(loop.cut("stalled", "no step came"))
+                )
+                thread.start()
+                thread.join()
+                raise EngineDiedError("ended by the watchdog")
+            return super().poll()
+
+    engine = Hanging(lambda r: plain(r, [1, 1] if r.token_ids[0] == 0 else [1] * 8))
+    done: list[ConversationRecord] = []
+    loop = Loop(
+        engine, prompt_for, Sampling(), output_length=8, concurrency=2, id_prefix="t",
+        commit=done.append, stop=lambda: None, clock=engine.now_ns,
+    )  # fmt: skip
+    loop.run(rows(1, 1))
+    assert [r.conversation_id for r in done] == ["c0"]
+    assert done[0].turns[0].output_token_ids() == [0, 1]
+    assert (cut[0].reason, cut[0].n_uncommitted, cut[0].n_uncommitted_tokens) == ("stalled", 1, 3)
+
+
+def test_an_interruption_while_steps_are_handed_out_commits_no_conversation_without_its_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second Ctrl-C, say: what had ended is counted as lost, never stored in part."""
+    engine = Batches(lambda r: plain(r, [1, 1]))
+    done: list[ConversationRecord] = []
+    loop = Loop(
+        engine, prompt_for, Sampling(), output_length=8, concurrency=3, id_prefix="t",
+        commit=done.append, stop=lambda: None, clock=engine.now_ns,
+    )  # fmt: skip
+    monkeypatch.setattr(loop_module, "HAND_OUT_ROWS", 6)
+    in_order = Intake._in_order
+
+    def interrupted(*given: Any) -> Iterator[None]:
+        whole = in_order(*given)
+        yield next(whole)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Intake, "_in_order", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(rows(1, 1, 1))
+    end = loop.cut("stopped", "at once")
+    assert done == []
+    assert end.n_uncommitted == 3

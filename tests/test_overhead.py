@@ -55,10 +55,12 @@ def test_own_cost_is_what_the_engine_alone_does_not_take() -> None:
     assert overhead.own_us(3.0, [0.9, 1.1], 1_000_000) == pytest.approx(2.0)
 
 
-def test_growth_begins_where_it_is_warm() -> None:
-    samples = [(0, 10.0), (100, 60.0), (200, 70.0), (300, 75.0), (400, 71.0)]
-    assert overhead.growth_mib(samples, 200) == 5.0
-    assert np.isnan(overhead.growth_mib(samples, 401))
+def test_growth_is_of_the_most_in_each_half() -> None:
+    samples = [(0, 10.0), (100, 60.0), (200, 70.0), (300, 72.0), (400, 66.0)]
+    assert overhead.growth_mib(samples) == 2.0
+    assert overhead.growth_mib([*samples, (500, 60.0), (600, 65.0)]) == -6.0
+    assert np.isnan(overhead.growth_mib(samples[:1]))
+    assert np.isnan(overhead.growth_mib([]))
 
 
 def test_a_paced_case_keeps_the_engine_busy_for_its_seconds() -> None:
@@ -129,7 +131,10 @@ def test_each_target_is_said_to_be_met_or_not() -> None:
     assert verdicts(missed) == ["**not met**"] * 4
     page = overhead.page(met)
     assert "not done in 300 s" in page
-    assert "| 10.1; without the streams it is written for 5.1 | met |" in page
+    assert (
+        "1,024 tokens | at least 10 | 10.1; without the streams it is written for 5.1 | met |"
+        in page
+    )
 
 
 # --- the engine -----------------------------------------------------------------------------------
@@ -146,9 +151,10 @@ def answers(steps: list[Step]) -> dict[str, list[Step]]:
     return found
 
 
+@pytest.mark.parametrize("batches", [False, True])
 @pytest.mark.parametrize("k", [0, 3, 7])
-def test_every_answer_has_its_tokens_in_steps_of_at_most_k_and_one(k: int) -> None:
-    engine = Unpaced(Pace(k))
+def test_every_answer_has_its_tokens_in_steps_of_at_most_k_and_one(k: int, batches: bool) -> None:
+    engine = Unpaced(Pace(k, batches=batches))
     asked = {"a": 1, "b": 17, "c": 64, "d": 500}
     steps: list[Step] = []
     for name, n in asked.items():
@@ -178,9 +184,12 @@ def test_drafts_are_kept_with_the_probability_that_is_stated() -> None:
     assert np.mean(counts) == pytest.approx(overhead.tokens_per_step(3), abs=4 * error)
 
 
+@pytest.mark.parametrize("batches", [False, True])
 @pytest.mark.parametrize("stamps", ["engine", "arrival"])
-def test_a_paced_engine_steps_by_itself_and_keeps_its_own_stamps(stamps: str) -> None:
-    engine = Paced(Pace(1, 2_000_000, 1_000_000, stamps))  # type: ignore[arg-type]
+def test_a_paced_engine_steps_by_itself_and_keeps_its_own_stamps(
+    stamps: str, batches: bool
+) -> None:
+    engine = Paced(Pace(1, 2_000_000, 1_000_000, stamps, batches=batches))  # type: ignore[arg-type]
     try:
         for i in range(3):
             engine.submit(request(f"r{i}", 20))
@@ -230,7 +239,7 @@ def test_a_paced_run_is_held_against_the_engine(tmp_path: Path) -> None:
 
 
 def test_streams_hand_every_reader_all_its_tokens() -> None:
-    streams = overhead.Streams(Unpaced(Pace(3)), 40)
+    streams = overhead.Streams(Unpaced(Pace(3, batches=False)), 40)
 
     async def read(name: str) -> list[int]:
         return [len(item.token_ids) async for item in streams.generate(request_id=name)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speedbench.steps import Steps
+from speedbench.steps import ROW, Batch, Intake, Steps, TornError
 from speedbench.types import RoutedExperts, Step
 
 INT32 = st.integers(0, 2**31 - 1)
@@ -68,12 +69,15 @@ def test_what_is_told_at_the_end_is_kept_as_it_came() -> None:
 )
 def test_what_is_no_number_is_refused_and_nothing_of_it_is_kept(spoilt: dict[str, object]) -> None:
     good = [Step("r", 1, [4, 5]), Step("r", 2, [6], 2, 1, 3)]
-    kept = Steps("r", good)
+    kept = Batch(good)
+    odd = Step("r", 3, [7, 8], 1, 1, 3, "stop")._replace(**spoilt)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a step of r: "):
-        kept.append(Step("r", 3, [7, 8], 1, 1, 3)._replace(**spoilt))  # type: ignore[arg-type]
+        kept.append(odd)
+    with pytest.raises(ValueError, match="a step of r: "):
+        Steps("r", [odd])
     assert list(kept) == good
     kept.append(Step("r", 4, (9,)))
-    assert list(kept) == [*good, Step("r", 4, (9,))]
+    assert list(kept) == [*good, Step("r", 4, [9])]
     assert kept.token_ids.tolist() == [4, 5, 6, 9]
 
 
@@ -82,3 +86,138 @@ def test_a_step_takes_24_bytes_and_4_for_each_token() -> None:
     kept = Steps("r", (Step("r", i, [1, 2]) for i in range(1000)))
     assert len(kept.rows) == 24_000
     assert kept.token_ids.itemsize * len(kept.token_ids) == 8_000
+
+
+def step_of(name: str, time_ns: int, token_ids: list[int], end: str, told: int | None) -> Step:
+    if end == "failed":  # without a token, it is no step
+        return Step(name, time_ns, (), finish_reason="error", error="it failed")
+    if end == "cut off":
+        return Step(name, time_ns, token_ids, 1, told, told, "error", "it failed")
+    return Step(name, time_ns, token_ids, 1, told, told, "stop" if end == "ended" else None)
+
+
+ARRIVING = st.lists(
+    st.builds(
+        step_of,
+        st.sampled_from([f"r{i}" for i in range(9)]),
+        st.integers(0, 2**62),
+        st.lists(INT32, max_size=4),
+        st.sampled_from(["", "", "", "ended", "cut off", "failed"]),
+        TOLD,
+    ),
+    max_size=60,
+)
+
+
+@settings(deadline=None)
+@given(ARRIVING)
+def test_a_batch_reads_as_the_list_it_was_made_from(steps: list[Step]) -> None:
+    batch = Batch(steps)
+    assert len(batch) == len(steps)
+    assert list(batch) == steps
+    assert [step for _, step in batch.ended] == [s for s in steps if s.finish_reason is not None]
+    for i in (0, -1, len(steps) // 2):
+        if steps:
+            assert batch[i] == steps[i]
+
+
+@settings(deadline=None)
+@given(ARRIVING, st.data())
+def test_every_request_is_handed_its_own_steps_in_order(
+    steps: list[Step], data: st.DataObject
+) -> None:
+    """Against one list for each request, whatever comes together and whenever it is handed out;
+    a name that was used before is another request."""
+    intake, open_, told = Intake(), {}, []
+    expected: list[list[Step]] = []
+    waiting: list[Step] = []
+
+    def take() -> None:
+        nonlocal waiting
+        intake.take(Batch(waiting))
+        for step in waiting:
+            if step.finish_reason is not None:
+                failed = step.error is not None and not step.token_ids
+                intake.close(step.request_id, None if failed else step)
+        waiting = []
+
+    for step in steps:
+        if any(s.request_id == step.request_id and s.finish_reason is not None for s in waiting):
+            take()  # the request that it is of is not open yet
+        if step.request_id not in open_:
+            open_[step.request_id] = len(expected)
+            told.append(intake.open(step.request_id))
+            expected.append([])
+        waiting.append(step)
+        if step.error is None or step.token_ids:
+            expected[open_[step.request_id]].append(step)
+        if step.finish_reason is not None:
+            del open_[step.request_id]
+        if data.draw(st.booleans()):
+            take()
+            if data.draw(st.booleans()):
+                intake.hand_out()
+                assert intake.n_waiting == 0
+                assert [list(s) for s in told] == expected
+    take()
+    intake.hand_out()
+    assert [list(s) for s in told] == expected
+
+
+def test_requests_far_apart_in_number_are_sorted_as_well() -> None:
+    intake = Intake()
+    first = intake.open("first")
+    for i in range(70_000):
+        intake.open(f"r{i}")
+        intake.close(f"r{i}", None)
+    last = intake.open("last")
+    intake.take(Batch([Step("last", 1, [1]), Step("first", 2, [2, 3]), Step("last", 4, [5])]))
+    intake.hand_out()
+    assert list(first) == [Step("first", 2, [2, 3])]
+    assert list(last) == [Step("last", 1, [1]), Step("last", 4, [5])]
+
+
+def test_what_is_of_no_open_request_is_not_taken() -> None:
+    intake = Intake()
+    kept = intake.open("a")
+    for stray in (
+        Batch([Step("a", 1, [1]), Step("b", 1, [2])]),
+        Batch([Step("a", 1, [1]), Step("b", 1, (), finish_reason="error", error="no")]),
+    ):
+        with pytest.raises(KeyError):
+            intake.take(stray)
+    intake.hand_out()
+    assert list(kept) == []
+
+
+@pytest.mark.parametrize("n_tokens", [0, 3, -1, 2**31 - 1])
+def test_rows_that_tell_of_other_tokens_are_refused_for_good(n_tokens: int) -> None:
+    intake = Intake()
+    intake.open("a")
+    batch = Batch([Step("a", 1, [1, 2]), Step("a", 2, [3])])
+    ROW.pack_into(batch.rows, 0, 1, n_tokens, 1, 0, 0)
+    intake.take(batch)
+    with pytest.raises(ValueError, match=r"3 tokens"):
+        intake.hand_out()
+    with pytest.raises(TornError):
+        intake.hand_out()
+
+
+@pytest.mark.parametrize("interrupted", ["argsort", "append"])
+def test_nothing_is_handed_out_twice_after_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    intake = Intake()
+    kept = intake.open("a")
+
+    def interrupt(*_: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    intake.take(Batch([Step("a", 1, [1, 2])]))
+    with monkeypatch.context() as patched:
+        patched.setattr(np, interrupted, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            intake.hand_out()
+    with pytest.raises(TornError):
+        intake.hand_out()
+    assert list(kept) == []

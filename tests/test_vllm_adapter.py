@@ -36,6 +36,7 @@ from engines.vllm import (
     engine_arguments,
     why_no_start,
 )
+from speedbench.steps import Batch
 from speedbench.types import (
     UNKNOWN,
     Algorithm,
@@ -322,7 +323,7 @@ def listening(algorithm: Algorithm = "NONE", draft_length: int = 3, **more: Any)
     )
     engine._k = 0 if algorithm == "NONE" else draft_length
     engine._drafted, engine._known = _Drafted(engine._k), {}
-    engine._events, engine._death = [], None
+    engine._events, engine._death = Batch(), None
     engine._arrived = SimpleNamespace(set=lambda: None)
     engine._totals = {"counts": [0, 0, 0], "per_position": []}
     engine._live = {"a": _Live("a")}
@@ -333,7 +334,7 @@ def take(engine: Any, outputs: list[Any], stats: Any = None) -> list[Any]:
     """The steps of one message, whose outputs carry vLLM's own request ids."""
     states = {"a-0f0f0f0f": SimpleNamespace(external_req_id="a")}
     engine._take(SimpleNamespace(timestamp=1.5, outputs=outputs, scheduler_stats=stats), states)
-    steps, engine._events = engine._events, []
+    steps, engine._events = list(engine._events), Batch()
     return list(steps)
 
 
