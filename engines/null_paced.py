@@ -292,7 +292,7 @@ class Unpaced(_Null):
         for _, last in batch.ended:
             live.pop(last.request_id, None)
         stamp = STAMP.pack(now_ns)
-        batch.rows += stamp + stamp.join(parts)
+        batch.rows += stamp.join([b"", *parts])
         batch.token_ids = array("i", [7]) * n_tokens
         return batch
 

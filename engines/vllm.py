@@ -337,8 +337,9 @@ class VllmEngine:
             live.n_tokens.append(n_tokens)
             if with_experts:
                 live.keep_experts(output)
-            events.token_ids.fromlist(output.new_token_ids)
-            events.rows += ROW.pack(time_ns, n_tokens, 1, UNKNOWN, UNKNOWN)
+            row = ROW.pack(time_ns, n_tokens, 1, UNKNOWN, UNKNOWN)
+            events.token_ids.fromlist(output.new_token_ids)  # the only one that can fail from here
+            events.rows += row
             events.request_ids.append(live.request_id)
         for live, output in ending:
             live.told.append(told.ending if live.n_tokens else told.first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -59,6 +60,7 @@ class _Flight:
     submitted_ns: int = UNKNOWN
     ended: list[TurnRecord] = field(default_factory=list)
     replies: list[Sequence[int] | str] = field(default_factory=list)
+    just_ended: TurnRecord | None = None
 
     def end(self, reason: FinishReason, error: str | None) -> TurnRecord:
         return TurnRecord(
@@ -72,9 +74,24 @@ class _Flight:
             self.steps,
         )
 
+    def go_on(self) -> None:
+        """To the next turn, once all steps of the last one are there."""
+        assert self.just_ended is not None
+        self.ended.append(self.just_ended)
+        self.replies.append(self.just_ended.reply())
+        self.just_ended = None
+        self.submitted_ns = UNKNOWN
+        self.request_id = f"{self.request_id.rpartition('.')[0]}.{len(self.ended)}"
+        self.steps = Steps(self.request_id)
+
     def n_tokens(self) -> int:
-        ended = sum(len(turn.output_token_ids()) for turn in self.ended)
-        return ended + len(self.steps.token_ids)
+        return sum(map(_n_tokens, self.ended)) + len(self.steps.token_ids)
+
+
+def _n_tokens(turn: TurnRecord) -> int:
+    """Those that the turn was handed."""
+    steps = turn.steps
+    return len(steps.token_ids) if isinstance(steps, Steps) else len(turn.output_token_ids())
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +114,11 @@ class LoopEnd:
 class Loop:
     """Drives one engine over rows; `commit` receives each conversation soon after its last turn.
 
-    `stop` is asked after every poll and returns why to stop, or None. `n_tokens` and `n_done`
-    grow while it runs, for a progress display. `clock` (ns) stamps submissions; it must be the
-    clock that the engine's steps are stamped with. `idle` is called before the engine is waited
-    for: what must not happen while steps are taken has its time then.
+    `stop` is asked after every poll and returns why to stop, or None. `n_tokens` and `n_done` grow
+    while it runs, for a progress display; `n_committed` of those that are done follows. `clock`
+    (ns) stamps submissions; it must be the clock that the engine's steps are stamped with. `idle`
+    is called before the engine is waited for: what must not happen while steps are taken has its
+    time then.
 
     arrivals  ns after the start at which each row is due, rising: an open loop, whose rows are
               submitted as of then, however late they can be sent. None: as soon as there is room
@@ -136,6 +154,7 @@ class Loop:
         self._hand_out_ns = 0  # at the latest
         self._finished: deque[ConversationRecord] = deque()  # their steps are not complete
         self._n_complete = 0  # of these, once all that is being handed out is
+        self._handing_out = threading.Lock()
         self._ready: deque[_Flight] = deque()
         self._arrivals = arrivals
         self._next: tuple[Conversation, int] | None = None  # the row that is not admitted yet
@@ -143,6 +162,7 @@ class Loop:
         self._n_stray_steps = 0
         self._started_ns = clock()
         self.n_done = 0
+        self.n_committed = 0
         self.n_tokens = 0
 
     def run(self, rows: Iterable[Conversation]) -> LoopEnd:
@@ -164,7 +184,8 @@ class Loop:
                 self._idle()
                 self._take(self._poll())
                 while self._ready:
-                    self._ask(self._ready.popleft())
+                    self._ask(self._ready[0])
+                    self._ready.popleft()
                 if (why := self._stop()) is not None:
                     break
                 self._fill(queue)
@@ -252,14 +273,18 @@ class Loop:
             batch = self._known(batch)
             self._intake.take(batch)
         self.n_tokens += len(batch.token_ids)
-        for _, step in batch.ended:
-            self._finish_turn(self._flights[step.request_id], step)
+        for at, step in batch.ended:
+            self._finish_turn(step, at)
+        if self._ready:
+            self._hand_out_all()  # their answers are wanted
+            for flight in self._ready:
+                flight.go_on()
 
     def _known(self, steps: Sequence[Step]) -> Batch:
         """Of these steps, those of requests in flight that can be stored as numbers."""
-        batch, ended = Batch(), set()
+        batch, ended, flights = Batch(), set(), self._flights
         for step in steps:
-            if step.request_id not in self._flights or step.request_id in ended:
+            if step.request_id not in flights or step.request_id in ended:
                 self._n_stray_steps += 1
                 continue
             try:
@@ -275,13 +300,17 @@ class Loop:
     def _hand_out(self, most: int = sys.maxsize) -> None:
         """Give so many requests their steps. When each has what came before this was begun, commit
         the conversations that had ended then."""
-        if not self._intake.is_handing_out:
-            self._n_complete = len(self._finished)
-        if not self._intake.hand_out(most):
-            return
-        self._hand_out_ns = time.monotonic_ns() + HAND_OUT_NS
-        for _ in range(self._n_complete):
-            self._commit(self._finished.popleft())
+        with self._handing_out:  # another thread may end the loop
+            if not self._intake.is_handing_out:
+                self._n_complete = len(self._finished)
+            if not self._intake.hand_out(most):
+                return
+            self._hand_out_ns = time.monotonic_ns() + HAND_OUT_NS
+            for _ in range(self._n_complete):
+                record = self._finished.popleft()
+                self._commit(record)
+                self.n_committed += 1
+            self._n_complete = 0
 
     def _hand_out_all(self) -> None:
         if self._intake.is_handing_out:
@@ -294,20 +323,17 @@ class Loop:
         if waits or self._intake.is_handing_out:
             self._hand_out(HAND_OUT_AT_ONCE)
 
-    def _finish_turn(self, flight: _Flight, last: Step) -> None:
+    def _finish_turn(self, last: Step, at: int) -> None:
+        """`at` rows of the batch came before its last one."""
         reason = last.finish_reason
         assert reason is not None
-        del self._flights[flight.request_id]
-        self._intake.close(flight.request_id, last if is_kept(last) else None)
+        flight = self._flights.pop(last.request_id)
+        self._intake.close(last.request_id, last if is_kept(last) else None, at)
         record = flight.end(reason, last.error)
         if reason == "error" or record.turn + 1 == flight.row.n_turns:
             self._end_conversation(flight, record)
             return
-        self._hand_out_all()  # its answer is wanted
-        flight.ended.append(record)
-        flight.replies.append(record.reply())
-        flight.submitted_ns = UNKNOWN
-        flight.request_id = f"{flight.request_id.rpartition('.')[0]}.{len(flight.ended)}"
+        flight.just_ended = record
         self._ready.append(flight)  # asked when all steps of this poll are taken
 
     def _end_conversation(self, flight: _Flight, last: TurnRecord) -> None:
@@ -319,13 +345,14 @@ class Loop:
     def _end(self, reason: EndReason, message: str, started_ns: int) -> LoopEnd:
         with contextlib.suppress(TornError, ValueError):  # what is lost is counted below
             self._hand_out_all()
-        pending = [*self._flights.values(), *self._ready]
+        pending = {id(flight): flight for flight in (*self._flights.values(), *self._ready)}
         return LoopEnd(
             reason,
             message,
             started_ns,
             self._clock(),
             len(pending) + len(self._finished),
-            sum(flight.n_tokens() for flight in pending),
+            sum(flight.n_tokens() for flight in pending.values())
+            + sum(_n_tokens(turn) for record in self._finished for turn in record.turns),
             self._n_stray_steps,
         )

@@ -118,17 +118,19 @@ class Share:
     def cut(self, reason: EndReason, message: str) -> Ended:
         """How it ends where it is ended from outside: what was committed is stored."""
         going, not_stored = self.going, ""
-        if going.writer is not None:
-            try:
-                going.writer.close()
-            except UserError as error:
-                not_stored = str(error)
         now_ns = self.clock()
         end = LoopEnd(reason, message, now_ns, now_ns, 0, 0, 0)
-        if going.loop is not None:
-            end = going.loop.cut(reason, message)
-        n_done = 0 if going.loop is None else going.loop.n_done
-        return self._ended(end, going.met_ns, None, n_done, len(going.failed), not_stored)
+        try:
+            if going.loop is not None:  # it commits what has ended: before the writer is closed
+                end = going.loop.cut(reason, message)
+        finally:
+            if going.writer is not None:
+                try:
+                    going.writer.close()
+                except UserError as error:
+                    not_stored = str(error)
+        n_committed = 0 if going.loop is None else going.loop.n_committed
+        return self._ended(end, going.met_ns, None, n_committed, len(going.failed), not_stored)
 
     def _looped(
         self,
@@ -162,7 +164,7 @@ class Share:
         watchdog = self._watchdog(loop, stop, abandoned)
         with watchdog:
             end = loop.run(self.rows)
-        end = self._explained(end, watchdog, loop.n_done == len(self.rows))
+        end = self._explained(end, watchdog, loop.n_committed == len(self.rows))
         not_stored = ""
         try:
             writer.close()
@@ -170,7 +172,7 @@ class Share:
             not_stored = str(error)
         counted = _counted(engine, before)
         n_failed = len(going.failed) + writer.n_spoilt
-        return self._ended(end, met_ns, counted, loop.n_done, n_failed, not_stored)
+        return self._ended(end, met_ns, counted, loop.n_committed, n_failed, not_stored)
 
     def _watchdog(
         self, loop: Loop, stop: Callable[[], str | None], abandoned: Callable[[Ended], None]

@@ -6,9 +6,9 @@ import struct
 import sys
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -29,25 +29,28 @@ ROWS = np.dtype(
 )
 """The same, for numpy."""
 
+FEW = 16
+"""Rows that are summed faster one by one."""
+
 NARROW = 1 << 16
 """Numbers below it are sorted by radix."""
 
 
 def packed(step: Step) -> tuple[bytes, array[int]]:
     """A step's ROW, and its tokens. Raises ValueError if a value is no integer of that size."""
-    accepted, drafted = step.accepted, step.drafted
+    name, time_ns, token_ids, engine_steps, accepted, drafted, *_ = step
     try:
-        token_ids = array("i", list(step.token_ids))
+        tokens = array("i", token_ids if type(token_ids) is list else list(token_ids))
         row = ROW.pack(
-            step.time_ns,
-            len(token_ids),
-            step.engine_steps,
+            time_ns,
+            len(tokens),
+            engine_steps,
             UNKNOWN if accepted is None else accepted,
             UNKNOWN if drafted is None else drafted,
         )
     except (TypeError, OverflowError, struct.error) as error:
-        raise ValueError(f"a step of {step.request_id}: {error}") from None
-    return row, token_ids
+        raise ValueError(f"a step of {name}: {error}") from None
+    return row, tokens
 
 
 def _unpacked(request_id: str, row: tuple[int, int, int, int, int], token_ids: array[int]) -> Step:
@@ -113,7 +116,7 @@ class Batch(Sequence[Step]):
     """What one poll brought, oldest first: reads as a sequence of Step, and makes none.
 
     An engine that steps hundreds of requests at once gives these; it leaves out what came for
-    requests that are not in flight.
+    requests that are not in flight, or no longer.
 
     request_ids  (S,) whose each row is
     rows         (S,) ROW
@@ -134,13 +137,15 @@ class Batch(Sequence[Step]):
 
     def append(self, step: Step) -> None:
         """Raises ValueError, and holds what it held, if a value is no integer of its size."""
-        if is_kept(step):
+        if step.finish_reason is not None:
+            before = len(self.request_ids)
+        if step.error is None or step.token_ids:
             row, token_ids = packed(step)
             self.token_ids += token_ids
             self.rows += row
             self.request_ids.append(step.request_id)
         if step.finish_reason is not None:
-            self.ended.append((len(self.request_ids) - is_kept(step), step))
+            self.ended.append((before, step))
 
     def __len__(self) -> int:
         n = len(self.request_ids)
@@ -173,6 +178,32 @@ class Batch(Sequence[Step]):
     def __getitem__(self, index: int | slice) -> Step | Sequence[Step]:
         return list(self)[index]
 
+    def refuse_contradictions(self) -> None:
+        """Raise ValueError if its columns are not about the same steps: a wrong one would be taken
+        for another request's."""
+        n = len(self.request_ids)
+        if len(self.rows) != n * ROW.size:
+            raise ValueError(f"the engine gave {n} names and {len(self.rows)} bytes for their rows")
+        if n < FEW:
+            n_tokens = sum(row[1] for row in ROW.iter_unpack(self.rows))
+        else:
+            n_tokens = int(np.frombuffer(self.rows, ROWS)["n_tokens"].sum())
+        if n_tokens != len(self.token_ids):
+            raise ValueError(
+                f"the engine gave {len(self.token_ids)} tokens for steps of {n_tokens}"
+            )
+        if not self.ended:
+            return
+        if len({step.request_id for _, step in self.ended}) < len(self.ended):
+            raise ValueError("the engine ended a request twice in one step")
+        for i, step in self.ended:
+            if is_kept(step) and (
+                i >= n
+                or self.request_ids[i] != step.request_id
+                or ROW.unpack_from(self.rows, i * ROW.size)[1] != len(step.token_ids)
+            ):
+                raise ValueError(f"the engine gave a last step of {step.request_id} without a row")
+
 
 def is_kept(step: Step) -> bool:
     """Whether it gets a row: a failure that brought no token is none of the engine's steps."""
@@ -194,6 +225,12 @@ class _Waiting:
         self.token_ids = array("i")
 
 
+class _Closed(NamedTuple):
+    number: int
+    last: Step | None
+    at: int
+
+
 class Intake:
     """Batches in order of arrival, until each request in flight is given its own rows.
 
@@ -206,8 +243,9 @@ class Intake:
         self._numbers: dict[str, int] = {}
         self._steps: dict[int, Steps] = {}
         self._n_opened = 0
-        self._closed: list[int] = []
+        self._closed: list[_Closed] = []
         self._waiting = _Waiting()
+        self._n_before = 0  # rows that waited before the last batch
         self._handing_out: Iterator[None] | None = None
         self._free = threading.Lock()  # never released by who was interrupted
 
@@ -228,27 +266,30 @@ class Intake:
         self._steps[number] = steps = Steps(request_id)
         return steps
 
-    def close(self, request_id: str, last: Step | None) -> None:
-        """No more rows come; `last` is the last one as the engine made it, if it has a row."""
+    def close(self, request_id: str, last: Step | None, at: int) -> None:
+        """No more rows come; `last` is the last one as the engine made it, and the one before which
+        `at` rows of the batch that was just taken came; None if it has none."""
         number = self._numbers.pop(request_id)
-        self._steps[number].last = last
-        self._closed.append(number)
+        self._closed.append(_Closed(number, last, self._n_before + at))
 
     def take(self, batch: Batch) -> None:
-        """Raises KeyError, and takes nothing, if some of it is of a request that is not open."""
+        """Raises KeyError, and takes nothing, if some of it is of a request that is not open;
+        ValueError if it contradicts itself."""
         for _, step in batch.ended:
             self._numbers[step.request_id]
         # By way of a list: a quarter less than from the map itself.
         of = array("i", list(map(self._numbers.__getitem__, batch.request_ids)))
+        batch.refuse_contradictions()
         waiting = self._waiting  # interrupted in between, its columns contradict each other
+        self._n_before = len(waiting.of)
         waiting.token_ids += batch.token_ids
         waiting.rows += batch.rows
         waiting.of += of
 
     def hand_out(self, most: int = sys.maxsize) -> bool:
         """Give so many requests their rows, of all that waited when this was first called for them.
-        True if no other is left. Raises ValueError if there are more or fewer tokens than the rows
-        say, and TornError ever after that, or after another interruption."""
+        True if no other is left. Raises ValueError if rows came for a request after its end, and
+        TornError ever after that, or after another interruption."""
         if not self._free.acquire(blocking=False):
             raise TornError
         self._handing_out = self._handing_out or self._handed_out()
@@ -267,19 +308,20 @@ class Intake:
                 np.frombuffer(waiting.of, np.int32),
                 np.frombuffer(waiting.rows, np.int64),
                 np.frombuffer(waiting.token_ids.tobytes(), np.int32),
+                {number: at for number, last, at in closed if last is not None},
             )
-        for number in closed:
-            del self._steps[number]
+        for number, last, _ in closed:
+            self._steps.pop(number).last = last
 
-    def _in_order(self, of: Ints, rows: Ints, token_ids: Ints) -> Iterator[None]:
-        """of: (S,) numbers of requests; rows: as words of 8 bytes; token_ids: (T,)."""
+    def _in_order(
+        self, of: Ints, rows: Ints, token_ids: Ints, last_at: Mapping[int, int]
+    ) -> Iterator[None]:
+        """of: (S,) numbers of requests; rows: as words of 8 bytes; token_ids: (T,); last_at: which
+        row was the last one of requests that ended."""
         n_tokens = rows.view(ROWS)["n_tokens"]
         first_token = np.cumsum(n_tokens) - n_tokens
         if len(rows) * 8 != len(of) * ROW.size or n_tokens.sum() != len(token_ids):
-            raise ValueError(
-                f"the engine gave {len(token_ids)} tokens for steps of {n_tokens.sum()}, and "
-                f"{len(rows) * 8} bytes for {len(of)} rows"
-            )
+            raise ValueError("an interruption left steps without their tokens")
         low, high = of.min(), of.max()
         order = np.argsort(of - low if high - low >= NARROW else (of - low).astype(np.uint16),
                            kind="stable")  # fmt: skip
@@ -292,8 +334,15 @@ class Intake:
         sorted_rows = rows.reshape(-1, 3).take(order, axis=0).data.cast("B")
         sorted_tokens = token_ids.take(at).data.cast("B")
         row_from = token_from = 0
+        numbers = of[last_row].tolist()
+        found = dict(zip(numbers, order[last_row].tolist(), strict=True))
+        for number, at in last_at.items():
+            if found.get(number) != at:
+                raise ValueError(
+                    f"the engine went on with {self._steps[number].request_id} after its end"
+                )
         for number, row_to, token_to in zip(
-            of[last_row].tolist(),
+            numbers,
             ((last_row + 1) * ROW.size).tolist(),
             (end_token[last_row] * token_ids.itemsize).tolist(),
             strict=True,

@@ -698,8 +698,9 @@ def _steps_table(turns: Sequence[TurnRecord], origin: _Origin) -> pa.Table:
     of_turn = np.repeat(np.arange(len(turns)), n_steps)
     rows = np.frombuffer(bytearray().join([of.rows for of in steps]), ROWS)
     for of, start, end in zip(steps, first, first[1:], strict=False):
-        if of.last is not None and (of.last.merged, of.last.detail) != (None, None):
-            _replace_by_what_was_told_last(rows[start:end], of, of.last)
+        last = of.last
+        if last is not None and (last.merged is not None or last.detail is not None):
+            _replace_by_what_was_told_last(rows[start:end], of, last)
     columns: dict[str, Any] = {
         "request_id": pa.DictionaryArray.from_arrays(
             pa.array(of_turn.astype(np.int32)), pa.array([t.request_id for t in turns], pa.string())

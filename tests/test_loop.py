@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speedbench import loop as loop_module
+from speedbench import store
+from speedbench.guardian import UNGUARDED
 from speedbench.loop import Loop, LoopEnd
+from speedbench.replicas import ALONE
+from speedbench.share import Share, _Going
 from speedbench.steps import Batch, Intake
 from speedbench.types import (
     Conversation,
@@ -142,6 +147,8 @@ def test_a_refused_later_turn_ends_its_conversation_alone() -> None:
     assert by_id["c0"].turns[1].error == "too long by 7 tokens"
     refused = by_id["c0"].turns[1]
     assert (refused.submitted_ns, refused.prompt_sha256, refused.n_prompt_tokens) == (-1, "", 0)
+    assert list(refused.steps) == []
+    assert len(by_id["c0"].turns[0].steps) == 2
     assert [t.finish_reason for t in by_id["c1"].turns] == ["length", "length"]
 
 
@@ -326,7 +333,43 @@ def test_a_batch_whose_tokens_are_not_those_of_its_rows_ends_the_run_and_commits
     assert end.reason == "crashed"
     assert "tokens for steps of" in end.message
     assert done == []
-    assert end.n_uncommitted > 0
+    assert (end.n_uncommitted, end.n_uncommitted_tokens) == (1, 0)
+
+
+def test_what_waits_for_its_next_turn_is_counted_once() -> None:
+    """Two conversations in their second turn, of which the first cannot be asked."""
+
+    def prompts(row: Conversation, turn: int, replies: Sequence[Sequence[int]]) -> Prompt:
+        if turn == 1:
+            raise KeyError("surprise")
+        return prompt_for(row, turn, replies)
+
+    end, done, _ = run(lambda r: plain(r, [1, 2]), rows(2, 2), prompts=prompts)
+    assert (end.reason, done) == ("crashed", [])
+    assert (end.n_uncommitted, end.n_uncommitted_tokens) == (2, 6)
+
+
+@pytest.mark.parametrize("n_turns", [1, 2])
+def test_what_an_engine_spoils_later_loses_nothing_that_came_before(n_turns: int) -> None:
+    """Its third poll contradicts itself; c0 had ended in the second, with two more in flight."""
+
+    class Wrong(Batches):
+        def poll(self) -> Batch:
+            batch = super().poll()
+            if len(self.in_flight) == 3:
+                batch.token_ids.append(5)
+            return batch
+
+    engine = Wrong(lambda r: plain(r, [1, 1] if r.token_ids[0] == 0 else [1, 1, 1]))
+    done: list[ConversationRecord] = []
+    loop = Loop(
+        engine, prompt_for, Sampling(), output_length=8, concurrency=3, id_prefix="t",
+        commit=done.append, stop=lambda: None, clock=engine.now_ns,
+    )  # fmt: skip
+    end = loop.run(rows(1, n_turns, n_turns))
+    assert end.reason == "crashed"
+    assert [r.conversation_id for r in done] == ["c0"]
+    assert (loop.n_committed, end.n_uncommitted, end.n_uncommitted_tokens) == (1, 2, 4)
 
 
 @pytest.mark.parametrize("n_polls", range(1, 7))
@@ -407,4 +450,33 @@ def test_an_interruption_while_steps_are_handed_out_commits_no_conversation_with
         loop.run(rows(1, 1, 1))
     end = loop.cut("stopped", "at once")
     assert done == []
-    assert end.n_uncommitted == 3
+    assert (loop.n_committed, end.n_uncommitted) == (0, 3)
+
+
+def test_what_had_ended_when_a_run_is_ended_at_once_is_stored(tmp_path: Path) -> None:
+    """Through the share that owns the loop and the writer, as a second signal goes."""
+
+    class Interrupted(Batches):
+        def poll(self) -> Batch:
+            if len(self.in_flight) == 2:
+                raise SystemExit(143)
+            return super().poll()
+
+    engine = Interrupted(lambda r: plain(r, [1, 1]))
+    directory = tmp_path / "run"
+    store.create(directory)
+    writer = store.Writer(directory, 0)
+    loop = Loop(
+        engine, prompt_for, Sampling(), output_length=8, concurrency=2, id_prefix="t",
+        commit=writer.commit, stop=lambda: None, clock=engine.now_ns,
+    )  # fmt: skip
+    nothing: Any = None
+    share = Share(
+        nothing, nothing, nothing, nothing, ALONE, rows(*[1] * 6), engine.now_ns, lambda: None,
+        UNGUARDED, None, _Going(loop, writer),
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        loop.run(rows(*[1] * 6))
+    ended = share.cut("stopped", "at once")
+    assert (ended.n_committed, ended.end.n_uncommitted, ended.not_stored) == (2, 2, "")
+    assert store.committed(directory) == {"c0": True, "c1": True}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -134,11 +136,11 @@ def test_every_request_is_handed_its_own_steps_in_order(
 
     def take() -> None:
         nonlocal waiting
-        intake.take(Batch(waiting))
-        for step in waiting:
-            if step.finish_reason is not None:
-                failed = step.error is not None and not step.token_ids
-                intake.close(step.request_id, None if failed else step)
+        batch = Batch(waiting)
+        intake.take(batch)
+        for at, step in batch.ended:
+            failed = step.error is not None and not step.token_ids
+            intake.close(step.request_id, None if failed else step, at)
         waiting = []
 
     for step in steps:
@@ -155,12 +157,13 @@ def test_every_request_is_handed_its_own_steps_in_order(
             del open_[step.request_id]
         if data.draw(st.booleans()):
             take()
-            if data.draw(st.booleans()):
-                intake.hand_out()
+            most = data.draw(st.sampled_from([0, 1, 2, 1000]))
+            if most and intake.hand_out(most) and intake.hand_out():
                 assert intake.n_waiting == 0
                 assert [list(s) for s in told] == expected
     take()
-    intake.hand_out()
+    while not (intake.hand_out(3) and not intake.n_waiting):
+        pass
     assert [list(s) for s in told] == expected
 
 
@@ -169,7 +172,7 @@ def test_requests_far_apart_in_number_are_sorted_as_well() -> None:
     first = intake.open("first")
     for i in range(70_000):
         intake.open(f"r{i}")
-        intake.close(f"r{i}", None)
+        intake.close(f"r{i}", None, 0)
     last = intake.open("last")
     intake.take(Batch([Step("last", 1, [1]), Step("first", 2, [2, 3]), Step("last", 4, [5])]))
     intake.hand_out()
@@ -190,14 +193,72 @@ def test_what_is_of_no_open_request_is_not_taken() -> None:
     assert list(kept) == []
 
 
-@pytest.mark.parametrize("n_tokens", [0, 3, -1, 2**31 - 1])
-def test_rows_that_tell_of_other_tokens_are_refused_for_good(n_tokens: int) -> None:
+def two_requests() -> Batch:
+    return Batch([Step("a", 1, [1, 2]), Step("b", 1, [3]), Step("a", 2, [4, 5], 1, 1, 3, "stop")])
+
+
+def other_tokens(batch: Batch, n: int) -> None:
+    ROW.pack_into(batch.rows, 0, 1, n, 1, 0, 0)
+
+
+@pytest.mark.parametrize("n_more", [0, 40])  # rows; few are looked at in another way
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda b: other_tokens(b, 0), "tokens for steps of"),
+        (lambda b: other_tokens(b, 3), "tokens for steps of"),
+        (lambda b: other_tokens(b, -2), "tokens for steps of"),
+        (lambda b: other_tokens(b, 2**31 - 1), "tokens for steps of"),
+        (lambda b: b.token_ids.pop(), "tokens for steps of"),
+        (lambda b: b.token_ids.append(1), "tokens for steps of"),
+        (lambda b: b.request_ids.append("b"), "bytes for their rows"),
+        (lambda b: b.request_ids.pop(), "bytes for their rows"),
+        (lambda b: b.rows.extend(bytes(8)), "bytes for their rows"),
+        (lambda b: b.ended.append(b.ended[0]), "twice"),
+        (lambda b: b.ended.__setitem__(0, (1, b.ended[0][1])), "without a row"),
+        (lambda b: b.ended.__setitem__(0, (99, b.ended[0][1])), "without a row"),
+        (
+            lambda b: b.ended.__setitem__(0, (2, b.ended[0][1]._replace(token_ids=[4]))),
+            "without a row",
+        ),
+    ],
+)
+def test_a_batch_that_contradicts_itself_is_not_taken(
+    spoil: Callable[[Batch], object], told: str, n_more: int
+) -> None:
     intake = Intake()
-    intake.open("a")
-    batch = Batch([Step("a", 1, [1, 2]), Step("a", 2, [3])])
-    ROW.pack_into(batch.rows, 0, 1, n_tokens, 1, 0, 0)
+    kept = intake.open("a"), intake.open("b")
+    good, more = [Step("b", 0, [9]), Step("a", 0, [8])], [Step("b", 3, [7])] * n_more
+    intake.take(Batch(good))
+    batch = Batch([*two_requests(), *more])
+    spoil(batch)
+    with pytest.raises(ValueError, match=told):
+        intake.take(batch)
+    intake.hand_out()
+    assert [list(steps) for steps in kept] == [good[1:], good[:1]]
+
+
+@pytest.mark.parametrize("in_next", [False, True])
+def test_what_comes_for_a_request_after_its_end_is_no_part_of_it(in_next: bool) -> None:
+    """An adapter that does not leave it out is told; nothing after that is believed."""
+    intake = Intake()
+    kept = intake.open("a")
+    intake.open("b")
+    batch = two_requests()
+    more = Batch([Step("a", 3, [6])])
+    if not in_next:
+        batch.request_ids += more.request_ids
+        batch.rows += more.rows
+        batch.token_ids += more.token_ids
     intake.take(batch)
-    with pytest.raises(ValueError, match=r"3 tokens"):
+    intake.close("a", batch.ended[0][1], 2)
+    if in_next:
+        with pytest.raises(KeyError):
+            intake.take(more)
+        intake.hand_out()
+        assert [step.time_ns for step in kept] == [1, 2]
+        return
+    with pytest.raises(ValueError, match="went on with a after its end"):
         intake.hand_out()
     with pytest.raises(TornError):
         intake.hand_out()
