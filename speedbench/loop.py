@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from speedbench.collector import kept_short
-from speedbench.steps import Batch, Intake, Steps, TornError, is_kept
+from speedbench.steps import FEW, Batch, Intake, Steps, TornError, is_kept
 from speedbench.types import (
     UNKNOWN,
     Conversation,
@@ -282,7 +282,13 @@ class Loop:
 
     def _known(self, steps: Sequence[Step]) -> Batch:
         """Of these steps, those of requests in flight that can be stored as numbers."""
-        batch, ended, flights = Batch(), set(), self._flights
+        flights = self._flights
+        if len(steps) >= FEW and flights.keys() >= {step.request_id for step in steps}:
+            with contextlib.suppress(ValueError):
+                batch = Batch.of_many(steps)
+                if not batch.ended or len(set(batch.request_ids)) == len(steps):
+                    return batch
+        batch, ended = Batch(), set()
         for step in steps:
             if step.request_id not in flights or step.request_id in ended:
                 self._n_stray_steps += 1

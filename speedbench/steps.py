@@ -7,7 +7,7 @@ import sys
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -135,6 +135,30 @@ class Batch(Sequence[Step]):
         for step in steps:
             self.append(step)
 
+    @classmethod
+    def of_many(cls, steps: Sequence[Step]) -> Batch:
+        """Of steps none of which is an error: a third of what appending each takes. Raises
+        ValueError if one is, or has a value that is no integer of its size."""
+        names, time_ns, token_ids, engine_steps, accepted, drafted, reasons, errors, *_ = zip(
+            *steps, strict=True
+        )
+        if errors.count(None) < len(steps):
+            raise ValueError("one of them is an error")
+        batch, rows = cls(), np.empty(len(steps), ROWS)
+        try:  # arrays refuse what numpy would round
+            rows["time_ns"] = array("q", time_ns)
+            rows["n_tokens"] = array("i", map(len, token_ids))
+            rows["engine_steps"] = array("i", engine_steps)
+            rows["accepted"], rows["drafted"] = _told(accepted), _told(drafted)
+            batch.token_ids = array("i", list(chain.from_iterable(token_ids)))
+        except (TypeError, OverflowError) as error:
+            raise ValueError(str(error)) from None
+        batch.request_ids += names
+        batch.rows += rows.tobytes()
+        if reasons.count(None) < len(steps):
+            batch.ended = [(i, step) for i, step in enumerate(steps) if step.finish_reason]
+        return batch
+
     def append(self, step: Step) -> None:
         """Raises ValueError, and holds what it held, if a value is no integer of its size."""
         if step.finish_reason is not None:
@@ -203,6 +227,13 @@ class Batch(Sequence[Step]):
                 or ROW.unpack_from(self.rows, i * ROW.size)[1] != len(step.token_ids)
             ):
                 raise ValueError(f"the engine gave a last step of {step.request_id} without a row")
+
+
+def _told(counts: tuple[int | None, ...]) -> array[int] | int:
+    """What an engine told of each step, or of none."""
+    if counts.count(None) == len(counts):
+        return UNKNOWN
+    return array("i", [UNKNOWN if n is None else n for n in counts])
 
 
 def is_kept(step: Step) -> bool:

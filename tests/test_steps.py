@@ -51,24 +51,24 @@ def test_what_is_told_at_the_end_is_kept_as_it_came() -> None:
     assert list(kept)[-1] is last
 
 
-@pytest.mark.parametrize(
-    "spoilt",
-    [
-        {"time_ns": float("nan")},
-        {"time_ns": 1.0},
-        {"time_ns": 2**63},
-        {"time_ns": None},
-        {"token_ids": [1, 2.0]},
-        {"token_ids": [1, None]},
-        {"token_ids": [1, 2**31]},
-        {"token_ids": None},
-        {"token_ids": "ab"},
-        {"engine_steps": 0.5},
-        {"engine_steps": -(2**31) - 1},
-        {"accepted": float("inf")},
-        {"drafted": "3"},
-    ],
-)
+SPOILT: list[dict[str, object]] = [
+    {"time_ns": float("nan")},
+    {"time_ns": 1.0},
+    {"time_ns": 2**63},
+    {"time_ns": None},
+    {"token_ids": [1, 2.0]},
+    {"token_ids": [1, None]},
+    {"token_ids": [1, 2**31]},
+    {"token_ids": None},
+    {"token_ids": "ab"},
+    {"engine_steps": 0.5},
+    {"engine_steps": -(2**31) - 1},
+    {"accepted": float("inf")},
+    {"drafted": "3"},
+]
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
 def test_what_is_no_number_is_refused_and_nothing_of_it_is_kept(spoilt: dict[str, object]) -> None:
     good = [Step("r", 1, [4, 5]), Step("r", 2, [6], 2, 1, 3)]
     kept = Batch(good)
@@ -121,6 +121,36 @@ def test_a_batch_reads_as_the_list_it_was_made_from(steps: list[Step]) -> None:
     for i in (0, -1, len(steps) // 2):
         if steps:
             assert batch[i] == steps[i]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b", "c"]),
+            st.integers(-(2**63), 2**63 - 1),
+            st.lists(INT32, max_size=4) | st.lists(INT32, max_size=4).map(tuple),
+            st.integers(0, 9),
+            TOLD,
+            TOLD,
+            st.sampled_from([None, "stop", "length"]),
+        ).map(lambda values: Step(*values)),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_many_at_once_make_the_batch_that_each_in_turn_makes(steps: list[Step]) -> None:
+    at_once, one_by_one = Batch.of_many(steps), Batch(steps)
+    for column in Batch.__slots__:
+        assert getattr(at_once, column) == getattr(one_by_one, column)
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_many_are_refused_where_one_would_be(spoilt: dict[str, object]) -> None:
+    good = [Step(f"r{i}", 1, [4, 5], 1, 1, 3) for i in range(40)]
+    Batch.of_many(good)
+    with pytest.raises(ValueError):  # noqa: PT011 - whatever python says of it
+        Batch.of_many([*good, good[0]._replace(**spoilt)])  # type: ignore[arg-type]
 
 
 @settings(deadline=None)
