@@ -386,6 +386,10 @@ PATIENCE_S = 0.05
 BEHIND_STEPS = 1_000_000
 """When so many steps were committed while a part is made, it waits and rests no more."""
 
+OVERRUN_STEPS, OVERRUN_WAIT_S = 2_000_000, 0.0002
+"""When so many are, the loop waits a little before each poll: memory is not to grow without end.
+That takes more than a million steps a second."""
+
 
 class Writer:
     """Writes one replica's committed conversations in a thread of its own, as numbered parts.
@@ -407,6 +411,7 @@ class Writer:
         self._queue: queue.SimpleQueue[ConversationRecord] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._turn, self._wants_turn = threading.Event(), False
+        self._is_overrun = False
         self._mean_steps = 0.0  # of a conversation, in the part that is being written
         self._failure: BaseException | None = None
         self._unwritten: list[ConversationRecord] = []
@@ -427,6 +432,8 @@ class Writer:
         if self._wants_turn:
             self._wants_turn = False
             self._turn.set()
+        if self._is_overrun and self._failure is None:
+            time.sleep(OVERRUN_WAIT_S)
 
     def close(self) -> None:
         """Write what is pending. Raises UserError if it could not all be written."""
@@ -511,8 +518,9 @@ class Writer:
 
     def _is_polite(self) -> bool:
         """Whether there is a loop to be kept from disturbing, and time for that."""
-        behind = self._queue.qsize() * self._mean_steps >= BEHIND_STEPS
-        return not behind and not self._closing.is_set()
+        n_steps = self._queue.qsize() * self._mean_steps
+        self._is_overrun = n_steps >= OVERRUN_STEPS
+        return n_steps < BEHIND_STEPS and not self._closing.is_set()
 
     def _at_once(self) -> int:
         return PART_STEPS if self._closing.is_set() else AT_ONCE_STEPS

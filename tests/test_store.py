@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -568,6 +570,7 @@ def test_a_table_made_in_pieces_is_the_table_made_at_once(
     ]
     for name, at_once in (("whole", 10**6), ("pieces", 4)):
         monkeypatch.setattr(store, "AT_ONCE_STEPS", at_once)
+        monkeypatch.setattr(store.Writer, "_at_once", lambda _self, n=at_once: n)
         stored(tmp_path / name, records)
     for folder, n_rows in (("steps", sum(1 + i % 3 + i % 5 for i in range(20))), ("turns", 2 * 20)):
         whole, pieces = (pq.read_table(tmp_path / n / folder) for n in ("whole", "pieces"))
@@ -626,3 +629,23 @@ def test_a_writer_that_is_given_no_turn_writes_all_the_same(
         time.sleep(0.01)
     assert set(store.committed(tmp_path / "r")) == {"a"}
     writer.close()
+
+
+def test_a_loop_that_overruns_the_writer_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversations of 2 steps: not while 99 of them wait, but while 100 do, and no more once
+    nothing can be stored. (A writer without a thread, that only looks at what waits.)"""
+    monkeypatch.setattr(store, "OVERRUN_STEPS", 199)
+    slept: list[float] = []
+    monkeypatch.setattr(store.time, "sleep", slept.append)
+    writer: Any = store.Writer.__new__(store.Writer)
+    writer._closing, writer._wants_turn, writer._failure = threading.Event(), False, None
+    writer._mean_steps = 2.0
+    for n_waiting, n_slept in ((99, 0), (100, 1), (99, 1)):
+        writer._queue = SimpleNamespace(qsize=lambda n=n_waiting: n)
+        assert writer._is_polite()
+        writer.give_turn()
+        assert slept == [store.OVERRUN_WAIT_S] * n_slept
+    writer._queue, writer._failure = SimpleNamespace(qsize=lambda: 100), OSError("full")
+    assert writer._is_polite()
+    writer.give_turn()
+    assert len(slept) == 1
