@@ -791,9 +791,9 @@ def page(s: Session) -> str:
         "of one request, less what bare polling of the same steps takes; median of "
         f"{s.plan.repeats} run(s). To `speedbench` the engine hands what it made in one step as "
         "columns, the form in which the vLLM adapter does; where it says so, and to the published "
-        "loop, as an object for each request. Making either is the engine's; what an adapter takes "
-        "to make columns of a real engine's messages (vLLM's: about half a microsecond a step) is "
-        f"in docs/front_end.md, for both harnesses. {_streams_sentence(s)}",
+        "loop, as an object for each request. Making either is the engine's; what the adapter takes "
+        "to make columns of vLLM's messages is in the figures of docs/front_end.md. "
+        f"{_streams_sentence(s)}",
         _cost_table(s),
         "## What is recorded, beside the engine's own clock",
         "The engine stamps each of its steps itself, when it has made the message. `speedbench` "
