@@ -791,8 +791,8 @@ def page(s: Session) -> str:
         "of one request, less what bare polling of the same steps takes; median of "
         f"{s.plan.repeats} run(s). To `speedbench` the engine hands what it made in one step as "
         "columns, the form in which the vLLM adapter does; where it says so, and to the published "
-        "loop, as an object for each request. Making either is the engine's; what the adapter takes "
-        "to make columns of vLLM's messages is in the figures of docs/front_end.md. "
+        "loop, as an object for each request. Making either is the engine's; what the adapter "
+        "takes to make columns of vLLM's messages is in the figures of docs/front_end.md. "
         f"{_streams_sentence(s)}",
         _cost_table(s),
         "## What is recorded, beside the engine's own clock",
