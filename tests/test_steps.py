@@ -294,6 +294,21 @@ def test_what_comes_for_a_request_after_its_end_is_no_part_of_it(in_next: bool) 
         intake.hand_out()
 
 
+@pytest.mark.parametrize("columns", [("token_ids",), ("token_ids", "rows")])
+def test_what_was_being_taken_when_it_was_interrupted_was_not_taken(columns: list[str]) -> None:
+    """A second Ctrl-C, say, after one or two of three columns: what came before is whole."""
+    intake = Intake()
+    kept = intake.open("a"), intake.open("b")
+    intake.take(two_requests())
+    batch = Batch([Step("b", 5, [9, 9])])
+    for name in columns:
+        column = getattr(intake._waiting, name)
+        column += getattr(batch, name)
+    intake.hand_out()
+    assert [[step.time_ns for step in steps] for steps in kept] == [[1, 2], [1]]
+    assert [list(steps.token_ids) for steps in kept] == [[1, 2, 4, 5], [3]]
+
+
 @pytest.mark.parametrize("interrupted", ["argsort", "append"])
 def test_nothing_is_handed_out_twice_after_an_interruption(
     monkeypatch: pytest.MonkeyPatch, interrupted: str
