@@ -13,12 +13,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from speedbench import store
 from tests.processes import children_of, is_running
-
-pytest.importorskip("vllm")
 
 ROOT = Path(__file__).parent.parent.parent
 N_ROWS = 600
@@ -75,10 +71,8 @@ def answers(run_dir: Path) -> dict[str, tuple[int, ...]]:
     return {row["conversation_id"]: tuple(row["output_token_ids"]) for row in rows}
 
 
-@pytest.mark.real
-def test_a_run_survives_its_engine_and_the_engine_does_not_survive_the_run(
-    models: Path, tmp_path: Path
-) -> None:
+def run_and_engine(models: Path, tmp_path: Path) -> None:
+    """The run survives its engine, the engine does not survive the run."""
     run_dir = tmp_path / "run"
 
     def last_session() -> dict[str, object]:
