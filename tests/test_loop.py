@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,11 @@ def test_a_step_that_is_no_step_fails_its_request_alone() -> None:
     assert [by_id[c].output_token_ids() for c in ("c0", "c2")] == [[0, 1, 2, 3, 4]] * 2
 
 
+def as_committed(record: ConversationRecord) -> ConversationRecord:
+    """With the steps that it has now: a writer may look at them at once."""
+    return replace(record, turns=tuple(replace(t, steps=list(t.steps)) for t in record.turns))
+
+
 class Batches(ScriptedEngine):
     """The same engine, which hands over its steps in columns."""
 
@@ -281,7 +287,8 @@ def test_batches_are_recorded_as_the_same_steps_one_by_one(
             patched.setattr(loop_module, "HAND_OUT_NS", 10**15)
             end = Loop(
                 engine, prompt_for, Sampling(), output_length=99, concurrency=concurrency,
-                id_prefix="t", commit=done.append, stop=lambda: None, clock=engine.now_ns,
+                id_prefix="t", commit=lambda r, to=done: to.append(as_committed(r)),
+                stop=lambda: None, clock=engine.now_ns,
             ).run(rows(*turns))  # fmt: skip
         assert (end.reason, end.n_stray_steps, end.n_uncommitted) == ("finished", 0, 0)
         recorded.append({r.conversation_id: r for r in done})
@@ -386,7 +393,8 @@ def test_an_end_at_any_moment_commits_what_had_ended_and_counts_the_rest(
     done: list[ConversationRecord] = []
     end = Loop(
         engine, prompt_for, Sampling(), output_length=8, concurrency=7, id_prefix="t",
-        commit=done.append, stop=lambda: next(polls), clock=engine.now_ns,
+        commit=lambda r: done.append(as_committed(r)), stop=lambda: next(polls),
+        clock=engine.now_ns,
     ).run(rows(*[1] * 7))  # fmt: skip
     ended = [i for i, n in enumerate(lengths) if n <= n_polls]
     assert sorted(r.conversation_id for r in done) == [f"c{i}" for i in ended]
